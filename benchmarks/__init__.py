@@ -1,0 +1,1 @@
+"""Latency, throughput, trade-off tables and comparisons with peers."""

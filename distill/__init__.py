@@ -1,0 +1,1 @@
+"""From the ensemble's logits to one small student."""

@@ -1,0 +1,1 @@
+"""From labelled texts to out-of-fold logits, member weights and thresholds."""

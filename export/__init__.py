@@ -1,0 +1,1 @@
+"""From a student's weights to verified ONNX graphs and a bundle."""
