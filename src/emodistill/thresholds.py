@@ -250,6 +250,8 @@ class _Curve:
 
     def best_own(self, beta: float) -> float:
         """Return the threshold with this label's best F-beta."""
+        if not self.support:
+            return DEFAULT_THRESHOLD
         score = (1 + beta**2) * self.hits / (beta**2 * self.support + self.predicted)
         return float(self.thresholds[np.argmax(score)])
 
