@@ -154,6 +154,8 @@ def load_encoder_weights(folder: Path | str) -> tuple[EncoderConfig, Weights]:
     expected = encoder_weight_shapes(config)
     for name, array in raw.items():
         short = re.sub(rf"^{config.family}\.", "", name)
+        # The first published BERTs call the gain and bias of a norm gamma and beta.
+        short = short.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if _BUFFERS.search(short) or _IGNORED.match(short):
             continue
         ours = _our_name(short, config.family)
