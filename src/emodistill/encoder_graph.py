@@ -99,7 +99,7 @@ def build_classifier(
 
 
 def hidden_state_names(config: EncoderConfig) -> list[str]:
-    """Return the names of the layers whose outputs (batch * length, d) are the states after embeddings and each layer."""
+    """Name the layers whose outputs (batch * length, d) are the states after the embeddings and after each layer."""
     return ["embeddings_norm", *(f"layer_{i}_output_norm" for i in range(config.n_layers))]
 
 

@@ -1,0 +1,122 @@
+"""A variant as plain data: what distinguishes the members of an ensemble from each other."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from emodistill.checkpoints import POOLINGS
+from emodistill.errors import ConfigError
+
+__all__ = ["KINDS", "VariantConfig"]
+
+KINDS = ("encoder", "tfidf")
+PRECISIONS = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig:
+    """One variant; a member is a variant trained without one fold.
+
+    Parameters
+    ----------
+    name
+        Names the variant's files: letters, digits, dash and underscore.
+    kind
+        "encoder" fine-tunes a BERT-family encoder; "tfidf" fits logistic regression on n-grams and uses `seed` only.
+    encoder
+        Name or folder of the encoder (`emodistill encoder list`).
+    seed
+        Of the classifier's start, row order and dropout.
+    epochs, batch_size, learning_rate, warmup_fraction, weight_decay, layerwise_decay, clip_norm
+        See `emodistill.training.TrainingConfig`.
+    dropout_rate, attention_dropout_rate, classifier_dropout_rate
+        In [0, 1).
+    label_smoothing
+        Targets become 1 - s/2 and s/2; in [0, 1).
+    pooling
+        "mean" or "cls".
+    max_length_tokens
+        Longer texts are cut.
+    precision
+        "bfloat16" or "float32".
+    folds
+        Which folds to train; None for all.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range; the sentence names variant and setting.
+    """
+
+    name: str
+    kind: str = "encoder"
+    encoder: str = "minilm-l6"
+    seed: int = 0
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 1.5e-4
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    layerwise_decay: float = 1.0
+    clip_norm: float = 1.0
+    dropout_rate: float = 0.1
+    attention_dropout_rate: float = 0.1
+    classifier_dropout_rate: float = 0.1
+    label_smoothing: float = 0.0
+    pooling: str = "mean"
+    max_length_tokens: int = 128
+    precision: str = "bfloat16"
+    folds: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.folds is not None:
+            object.__setattr__(self, "folds", tuple(self.folds))
+        checks = {
+            "name": bool(self.name) and all(c.isalnum() or c in "-_" for c in self.name),
+            "kind": self.kind in KINDS,
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": self.learning_rate > 0,
+            "warmup_fraction": 0 <= self.warmup_fraction < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "layerwise_decay": 0 < self.layerwise_decay <= 1,
+            "clip_norm": self.clip_norm > 0,
+            "dropout_rate": 0 <= self.dropout_rate < 1,
+            "attention_dropout_rate": 0 <= self.attention_dropout_rate < 1,
+            "classifier_dropout_rate": 0 <= self.classifier_dropout_rate < 1,
+            "label_smoothing": 0 <= self.label_smoothing < 1,
+            "pooling": self.pooling in POOLINGS,
+            "max_length_tokens": self.max_length_tokens >= 3,
+            "precision": self.precision in PRECISIONS,
+        }
+        for setting, fine in checks.items():
+            if not fine:
+                raise ConfigError(
+                    f"variant '{self.name}': {setting} = {getattr(self, setting)!r} is out of range; "
+                    "see 'emodistill train --help' for the settings of a variant"
+                )
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any]) -> "VariantConfig":
+        """Make a variant from a TOML table.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is unknown or missing.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ConfigError(f"variant setting '{unknown[0]}' is unknown: known are {', '.join(sorted(known))}")
+        if "name" not in settings:
+            raise ConfigError('a variant has no name: add  name = "..."  to its table')
+        return cls(**settings)
+
+    def fingerprint_parts(self) -> dict[str, Any]:
+        """Return the settings that decide on a member's numbers (which folds are trained does not)."""
+        parts = asdict(self)
+        del parts["folds"]
+        if self.kind == "tfidf":
+            parts = {key: parts[key] for key in ("name", "kind", "seed")}
+        return parts

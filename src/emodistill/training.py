@@ -1,0 +1,392 @@
+"""Fine-tuning of a classifier with AdamW on length-bucketed batches, resumable to the same numbers.
+
+Everything random is a function of (seed, epoch) or (seed, step), so that a killed run goes on as if nothing had
+happened. The number of epochs is fixed and the last weights are kept: nothing is ever selected on held-out rows.
+AdamW follows Loshchilov and Hutter (2017, arXiv:1711.05101); the learning rate warms up and decays linearly.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from emodistill.encoder_graph import set_dropout_state
+from emodistill.errors import ConfigError, TrainingError
+from emodistill.progress import Progress, ProgressFactory
+
+__all__ = ["AdamW", "Loss", "TrainingConfig", "epoch_batches", "fit", "learning_rate_at", "pad_batch", "predict_logits"]
+
+Loss = Callable[..., tf.Tensor]
+
+_BUCKET_BATCHES = 50  # batches that are sorted by length together: short enough to keep epochs random
+_LENGTH_MULTIPLE = 4  # rows are padded to a multiple, so that few shapes occur
+_PREDICT_TOKENS = 4096  # tokens of one prediction batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of one fit.
+
+    Parameters
+    ----------
+    epochs
+        Passes over the rows, at least 1.
+    batch_size
+        Rows per step.
+    learning_rate
+        Peak of the schedule.
+    warmup_fraction
+        Share of all steps in which the rate rises from 0, in [0, 1).
+    weight_decay
+        Decoupled decay, not applied to biases and norms.
+    layerwise_decay
+        Factor of the learning rate from one layer to the one below it, in (0, 1].
+    clip_norm
+        Largest global norm of the gradient.
+    seed
+        Of row order and dropout.
+    checkpoint_minutes
+        Time between checkpoints.
+    """
+
+    epochs: int
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    layerwise_decay: float = 1.0
+    clip_norm: float = 1.0
+    seed: int = 0
+    checkpoint_minutes: float = 3.0
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs >= 1,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": self.learning_rate > 0,
+            "warmup_fraction": 0 <= self.warmup_fraction < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "layerwise_decay": 0 < self.layerwise_decay <= 1,
+            "clip_norm": self.clip_norm > 0,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"{name} = {getattr(self, name)} is out of range: see TrainingConfig")
+
+
+class AdamW:
+    """AdamW with TensorFlow's fused Adam kernel, one pass over each variable and its two moments.
+
+    Parameters
+    ----------
+    variables
+        What is trained.
+    weight_decay
+        Decoupled decay of matrices; vectors (biases, norms) have none.
+    rate_factors
+        One factor of the learning rate per variable.
+    clip_norm
+        Largest global norm of the gradient.
+    """
+
+    beta_1, beta_2, epsilon = 0.9, 0.999, 1e-8
+
+    def __init__(
+        self, variables: Sequence[tf.Variable], *, weight_decay: float, rate_factors: Sequence[float], clip_norm: float
+    ) -> None:
+        self.variables = list(variables)
+        self.weight_decay = weight_decay
+        self.rate_factors = list(rate_factors)
+        self.clip_norm = clip_norm
+        self.first = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
+        self.second = [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
+
+    def apply(self, gradients: Sequence[tf.Tensor], learning_rate: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        """Update all variables; `step` counts from 0. Returns the gradient's global norm before clipping."""
+        gradients = [tf.convert_to_tensor(g) for g in gradients]  # the word table's rows, summed into one matrix
+        norm = tf.sqrt(tf.add_n([2.0 * tf.nn.l2_loss(g) for g in gradients]))
+        scale = tf.minimum(1.0, self.clip_norm / (norm + 1e-6))
+        time_ = tf.cast(step + 1, tf.float32)
+        for variable, m, v, gradient, factor in zip(
+            self.variables, self.first, self.second, gradients, self.rate_factors, strict=True
+        ):
+            rate = learning_rate * factor
+            if self.weight_decay and len(variable.shape) > 1:
+                variable.assign_sub(variable * (rate * self.weight_decay))
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle,
+                m=m.handle,
+                v=v.handle,
+                beta1_power=tf.pow(self.beta_1, time_),
+                beta2_power=tf.pow(self.beta_2, time_),
+                lr=rate,
+                beta1=self.beta_1,
+                beta2=self.beta_2,
+                epsilon=self.epsilon,
+                grad=gradient * scale,
+            )
+        return norm
+
+
+def fit(
+    model: keras.Model,
+    token_ids: Sequence[NDArray[np.int32]],
+    targets: Sequence[NDArray[Any]],
+    loss: Loss,
+    config: TrainingConfig,
+    *,
+    pad_token_id: int,
+    work_dir: Path,
+    fingerprint: str,
+    progress_factory: ProgressFactory = Progress,
+    description: str = "training",
+) -> None:
+    """Train `model` in place for a fixed number of epochs, going on from a checkpoint in `work_dir` if one fits.
+
+    Parameters
+    ----------
+    model
+        From `encoder_graph.build_classifier`, its starting weights set.
+    token_ids
+        One int32 array per row.
+    targets
+        Arrays with n_rows first; the rows of a batch are passed to `loss`.
+    loss
+        `loss(logits, *targets)`: logits float32 (batch, n_labels) to a scalar.
+    config
+        Settings.
+    pad_token_id
+        Fills short rows.
+    work_dir
+        Holds metrics.jsonl (one line per step: step, loss, learning_rate, gradient_norm) and the checkpoint.
+    fingerprint
+        Of everything that the result depends on; a checkpoint with another one is not used.
+    progress_factory
+        Makes the progress line.
+    description
+        What the progress line calls this.
+
+    Raises
+    ------
+    TrainingError
+        If the loss is not finite; no checkpoint is written then.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    lengths = np.array([len(ids) for ids in token_ids])
+    n_steps = config.epochs * math.ceil(len(token_ids) / config.batch_size)
+    variables = model.trainable_variables
+    optimizer = AdamW(
+        variables,
+        weight_decay=config.weight_decay,
+        rate_factors=_rate_factors(model, variables, config.layerwise_decay),
+        clip_norm=config.clip_norm,
+    )
+    checkpoint = _Checkpoint(work_dir / "checkpoint.safetensors", optimizer, fingerprint)
+    first_step = checkpoint.restore()
+    log = _StepLog(work_dir / "metrics.jsonl", first_step)
+    step_function = _step_function(model, loss, optimizer, config.seed, len(targets))
+    saved_at = time.monotonic()
+    with log, progress_factory(description, len(token_ids) * config.epochs) as progress:
+        for step, rows in _steps(lengths, config):
+            if step < first_step:
+                progress.advance(len(rows))
+                continue
+            ids, mask = pad_batch([token_ids[row] for row in rows], pad_token_id)
+            rate = learning_rate_at(step, n_steps, config)
+            value, norm = step_function(ids, mask, np.float32(rate), np.int32(step), *(t[rows] for t in targets))
+            loss_value = float(value)
+            if not math.isfinite(loss_value):
+                raise TrainingError(
+                    f"the loss is {loss_value} at step {step} of {description}: lower the learning rate "
+                    f"({config.learning_rate:g}) or train in float32; nothing of this step was kept"
+                )
+            log.write(step=step, loss=loss_value, learning_rate=rate, gradient_norm=float(norm))
+            progress.advance(len(rows), note=f"loss {loss_value:.4f}")
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                log.flush()
+                checkpoint.save(step + 1)
+                saved_at = time.monotonic()
+        log.flush()
+        checkpoint.save(n_steps)
+
+
+def predict_logits(
+    model: keras.Model, token_ids: Sequence[NDArray[np.int32]], *, pad_token_id: int, progress: Progress | None = None
+) -> NDArray[np.float32]:
+    """Return logits (n, n_labels) of the rows in their order; rows of like length are computed together."""
+    n_labels = model.output_shape[-1]
+    logits = np.empty((len(token_ids), n_labels), dtype=np.float32)
+    lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
+    predict = _prediction_function(model)
+    for rows in _prediction_batches(lengths):
+        ids, mask = pad_batch([token_ids[row] for row in rows], pad_token_id)
+        logits[rows] = predict(ids, mask).numpy()
+        if progress is not None:
+            progress.advance(len(rows))
+    return logits
+
+
+def pad_batch(rows: Sequence[NDArray[np.int32]], pad_token_id: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return ids and mask, both int32 (n_rows, length), the length a multiple of 4 that holds the longest row."""
+    longest = max(len(row) for row in rows)
+    length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    ids = np.full((len(rows), length), pad_token_id, dtype=np.int32)
+    mask = np.zeros((len(rows), length), dtype=np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
+
+
+def epoch_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Return the row numbers of an epoch's batches: random order, rows of like length together."""
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths))
+    batches: list[NDArray[np.int64]] = []
+    pool = batch_size * _BUCKET_BATCHES
+    for start in range(0, len(order), pool):
+        rows = order[start : start + pool]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def learning_rate_at(step: int, n_steps: int, config: TrainingConfig) -> float:
+    """Return the rate of a step: a linear rise over the warm-up, then a linear fall to 0 after the last step."""
+    n_warmup = math.ceil(config.warmup_fraction * n_steps)
+    if step < n_warmup:
+        return config.learning_rate * (step + 1) / n_warmup
+    return config.learning_rate * (n_steps - step) / max(1, n_steps - n_warmup)
+
+
+def _steps(lengths: NDArray[np.int64], config: TrainingConfig) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    step = 0
+    for epoch in range(config.epochs):
+        for rows in epoch_batches(lengths, config.batch_size, config.seed, epoch):
+            yield step, rows
+            step += 1
+
+
+def _step_function(model: keras.Model, loss: Loss, optimizer: AdamW, seed: int, n_targets: int) -> Callable[..., Any]:
+    @tf.function(reduce_retracing=True)
+    def step_function(
+        ids: tf.Tensor, mask: tf.Tensor, rate: tf.Tensor, step: tf.Tensor, *targets: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        set_dropout_state(model, seed, step)
+        with tf.GradientTape() as tape:
+            value = loss(model([ids, mask], training=True), *targets)
+        norm = optimizer.apply(tape.gradient(value, optimizer.variables), rate, step)
+        return value, norm
+
+    def call(ids: Any, mask: Any, rate: Any, step: Any, *targets: Any) -> Any:
+        return step_function(*(tf.convert_to_tensor(x) for x in (ids, mask, rate, step, *targets)))
+
+    return call
+
+
+def _prediction_function(model: keras.Model) -> Callable[[Any, Any], tf.Tensor]:
+    signature = [tf.TensorSpec((None, None), tf.int32), tf.TensorSpec((None, None), tf.int32)]
+    return tf.function(lambda ids, mask: model([ids, mask], training=False), input_signature=signature)
+
+
+def _prediction_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, _PREDICT_TOKENS // int(lengths[order[start]]))
+        stop = min(len(order), start + size)
+        while stop - start > 1 and int(lengths[order[stop - 1]]) * (stop - start) > _PREDICT_TOKENS:
+            stop -= 1
+        yield order[start:stop]
+        start = stop
+
+
+def _rate_factors(model: keras.Model, variables: Sequence[tf.Variable], layerwise_decay: float) -> list[float]:
+    """Return a factor per variable: 1 for the classifier and the top layer, times the decay for each layer below."""
+    depth_of: dict[int, int] = {}
+    n_layers = 0
+    for layer in model.layers:
+        depth = int(layer.name.split("_")[1]) + 1 if layer.name.startswith("layer_") else 0
+        n_layers = max(n_layers, depth)
+        for variable in layer.trainable_variables:
+            depth_of[id(variable)] = 10**6 if layer.name == "classifier" else depth
+    return [layerwise_decay ** (n_layers - min(depth_of[id(v)], n_layers)) for v in variables]
+
+
+class _Checkpoint:
+    """Weights, optimizer moments and position of a fit, in one file that is either whole or absent."""
+
+    def __init__(self, path: Path, optimizer: AdamW, fingerprint: str) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.arrays: dict[str, tf.Variable] = {}
+        for kind, variables in (("w", optimizer.variables), ("m", optimizer.first), ("v", optimizer.second)):
+            self.arrays |= {f"{kind}{i}": variable for i, variable in enumerate(variables)}
+
+    def save(self, next_step: int) -> None:
+        beside = self.path.with_suffix(".part")
+        metadata = {"next_step": str(next_step), "fingerprint": self.fingerprint}
+        save_file({name: variable.numpy() for name, variable in self.arrays.items()}, beside, metadata=metadata)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(self.path)
+
+    def restore(self) -> int:
+        """Load the checkpoint if it is whole and fits; return the step to go on with (0 without one)."""
+        try:
+            with safe_open(self.path, "np") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != self.fingerprint:
+                return 0
+            arrays = load_file(self.path)
+        except (FileNotFoundError, SafetensorError):
+            return 0
+        for name, variable in self.arrays.items():
+            variable.assign(arrays[name])
+        return int(metadata["next_step"])
+
+
+class _StepLog:
+    """metrics.jsonl, cut back to the step from which a resumed run goes on."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] < first_step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    break
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, **values: float) -> None:
+        self.file.write(json.dumps(values) + "\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def __enter__(self) -> "_StepLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def training_fingerprint_parts(config: TrainingConfig) -> dict[str, Any]:
+    """Return the settings that decide on a fit's numbers (not how often it is saved)."""
+    parts = asdict(config)
+    del parts["checkpoint_minutes"]
+    return parts
