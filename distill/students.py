@@ -187,8 +187,8 @@ def train_student(
 
     if len(soft_logits) != len(texts) or len(transfer_logits) != len(transfer_texts):
         raise ConfigError(
-            f"the teacher's logits ({len(soft_logits)} train, {len(transfer_logits)} transfer rows) do not fit the texts "
-            f"({len(texts)} train, {len(transfer_texts)} transfer rows): combine again on these files"
+            f"the teacher's logits ({len(soft_logits)} train, {len(transfer_logits)} transfer rows) do not fit the "
+            f"texts ({len(texts)} train, {len(transfer_texts)} transfer rows): combine again on these files"
         )
     held_out = held_out_rows(texts, hard_targets)
     kept = np.setdiff1d(np.arange(len(texts)), held_out)

@@ -1,7 +1,7 @@
 """A variant as plain data: what distinguishes the members of an ensemble from each other."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from emodistill.checkpoints import POOLINGS
@@ -114,9 +114,17 @@ class VariantConfig:
         return cls(**settings)
 
     def fingerprint_parts(self) -> dict[str, Any]:
-        """Return the settings that decide on a member's numbers (which folds are trained does not)."""
-        parts = asdict(self)
-        del parts["folds"]
-        if self.kind == "tfidf":
-            parts = {key: parts[key] for key in ("name", "kind", "seed")}
-        return parts
+        """Return the settings that decide on a member's numbers.
+
+        Which folds are trained does not, and settings at their default are left out: one that is added later, with a
+        default that changes nothing, leaves saved members valid.
+        """
+        used = ("name", "kind", "seed") if self.kind == "tfidf" else tuple(f.name for f in fields(self))
+        always = ("name", "kind", "encoder", "seed", "epochs", "learning_rate")
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in used
+            and field.name != "folds"
+            and (field.name in always or getattr(self, field.name) != field.default)
+        }

@@ -387,7 +387,7 @@ class Attention(keras.layers.Layer):
         length = tf.shape(bias)[-1]
         packed = tf.reshape(qkv, tf.stack([-1, length, 3, self.n_heads, head_size]))
         packed = tf.transpose(packed, [2, 0, 3, 1, 4])  # (3, b, h, t, head)
-        query, key, value = packed[0], packed[1], packed[2]
+        query, key, value = tf.unstack(packed)  # its gradient stacks; that of three slices fills zeros and adds
         query *= tf.cast(1.0 / math.sqrt(head_size), query.dtype)
         scores = tf.cast(tf.matmul(query, key, transpose_b=True), tf.float32) + bias
         probabilities = tf.nn.softmax(scores)

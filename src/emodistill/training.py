@@ -123,7 +123,9 @@ class AdamW:
         ):
             rate = learning_rate * factor
             if self.weight_decay and len(variable.shape) > 1:
-                variable.assign_sub(variable * (rate * self.weight_decay))
+                tf.raw_ops.ResourceApplyGradientDescent(
+                    var=variable.handle, alpha=rate * self.weight_decay, delta=variable
+                )
             tf.raw_ops.ResourceApplyAdam(
                 var=variable.handle,
                 m=m.handle,
