@@ -18,10 +18,10 @@ PLOTTED_RANGE_F1 = 0.4
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fcfcfa; --card: #ffffff; --ink: #1d2126; --muted: #5d6672; --line: #d9dde2; --grid: #eceef0;
-  --baseline: #7b8591; --member: #2f6fbd; --ensemble: #8a3ea8; --student: #c2570c; --good: #1f7a45; --bar: #c9dbf2; }
+  --baseline: #7b8591; --member: #2f6fbd; --ensemble: #8a3ea8; --student: #c2570c; --good: #1f7a45; --bar: #7ea9dc; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181c; --card: #1c2026; --ink: #e6e9ed; --muted: #9aa4b0; --line: #343b44; --grid: #272d35;
-  --baseline: #97a1ad; --member: #6aa5ec; --ensemble: #c58be0; --student: #f0914b; --good: #62c08a; --bar: #28415f; } }
+  --baseline: #97a1ad; --member: #6aa5ec; --ensemble: #c58be0; --student: #f0914b; --good: #62c08a; --bar: #4676ad; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -45,8 +45,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { font-weight: 600; font-size: 13px; color: var(--muted); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
-th.text { text-align: left; } td.best { font-weight: 700; } small { color: var(--muted); font-weight: 400; }
-td.bar { background: linear-gradient(90deg, var(--bar) var(--share), transparent var(--share)); }
+td.best { font-weight: 700; } small { color: var(--muted); font-weight: 400; }
+td.bar { background: linear-gradient(90deg, var(--bar) var(--share), var(--grid) var(--share)) no-repeat 10px 100%;
+  background-size: calc(100% - 20px) 3px; }
 .kept { color: var(--good); font-weight: 600; } .refused { color: var(--muted); }
 code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 @media print { figure, .facts li { break-inside: avoid; } }
