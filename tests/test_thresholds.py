@@ -98,10 +98,12 @@ def test_shrinkage_by_support() -> None:
     truth = np.array([[1, 0], [1, 0], [0, 0], [0, 0]])
     scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.3], [0.1, 0.4]], np.float32)
     # first label: own threshold 0.8 with 2 positives, so 2 / (2 + 2) of it and the rest of 0.5; the second has no own
-    chosen = search_label_thresholds(truth, scores, shared=0.5, shrinkage_positives=2)
+    chosen = search_label_thresholds(truth, scores, towards=0.5, shrinkage_positives=2)
     np.testing.assert_allclose(chosen, [0.65, 0.5])
-    np.testing.assert_allclose(search_label_thresholds(truth, scores, shared=0.5, shrinkage_positives=0), [0.8, 0.5])
-    np.testing.assert_allclose(search_label_thresholds(truth, scores, shared=0.5, shrinkage_positives=1e12), [0.5, 0.5])
+    np.testing.assert_allclose(search_label_thresholds(truth, scores, towards=0.5, shrinkage_positives=0), [0.8, 0.5])
+    np.testing.assert_allclose(
+        search_label_thresholds(truth, scores, towards=0.5, shrinkage_positives=1e12), [0.5, 0.5]
+    )
 
 
 def test_plug_in_threshold_is_half_of_the_best_expected_f1() -> None:
@@ -128,7 +130,7 @@ def test_absent_label_gets_the_shared_threshold_under_every_metric() -> None:
     truth, scores = small_case(1)
     truth[:, 2] = 0
     for metric in ("micro_f1", "macro_f1"):
-        own = search_label_thresholds(truth, scores, metric=metric, shared=0.37)
+        own = search_label_thresholds(truth, scores, metric=metric, towards=0.37)
         assert own[2] == pytest.approx(0.37)
     assert search_shared_threshold(np.zeros_like(truth), scores) == 0.5
 

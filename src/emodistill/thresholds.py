@@ -156,7 +156,7 @@ def search_label_thresholds(
     *,
     metric: str | Metric = "micro_f1",
     label_names: Sequence[str] | None = None,
-    shared: float | None = None,
+    towards: npt.ArrayLike | None = None,
     shrinkage_positives: float = SHRINKAGE_POSITIVES,
 ) -> Float32Array:
     """Find the best threshold of each label on these rows, drawn towards the shared one where positives are few.
@@ -172,15 +172,15 @@ def search_label_thresholds(
     metric : str or Metric
     label_names : sequence of str, optional
         Needed for "label:NAME".
-    shared : float, optional
-        The threshold to shrink towards; by default `search_shared_threshold` of the same rows.
+    towards : array-like of float, shape (n_labels,) or (), optional
+        What to shrink towards; by default `search_shared_threshold` of the same rows.
     shrinkage_positives : float
         At least 0. A label with this many positives gets the mean of its own and the shared threshold; 0 shrinks none.
 
     Returns
     -------
     float32 array of shape (n_labels,)
-        The shared threshold for a label without positives.
+        That of `towards` for a label without positives.
 
     References
     ----------
@@ -188,16 +188,16 @@ def search_label_thresholds(
     """
     parsed = parse_metric(metric, label_names)
     truth, scores = _as_truth(y_true, probabilities)
-    if shared is None:
-        shared = search_shared_threshold(truth, scores, metric=parsed)
+    if towards is None:
+        towards = search_shared_threshold(truth, scores, metric=parsed)
+    goals = np.broadcast_to(np.asarray(towards, np.float64), (truth.shape[1],))
     curves = [_Curve(truth[:, i], scores[:, i]) for i in range(truth.shape[1])]
     own = _search_pooled(curves, parsed.beta) if parsed.kind == "micro" else [c.best_own(parsed.beta) for c in curves]
     chosen = []
-    for curve, threshold in zip(curves, own, strict=True):
+    for curve, threshold, goal in zip(curves, own, goals, strict=True):
         trust = curve.support / (curve.support + shrinkage_positives) if curve.support else 0.0
-        chosen.append(
-            shared if trust == 0.0 else threshold if trust == 1.0 else trust * threshold + (1 - trust) * shared
-        )
+        # A fully trusted threshold is taken as it is: rounding would part it from the probability that it equals.
+        chosen.append(threshold if trust == 1.0 else trust * threshold + (1 - trust) * float(goal))
     return np.array(chosen, np.float32)
 
 
