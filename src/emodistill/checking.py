@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from emodistill.errors import EmodistillError
-from emodistill.formats import PathLike, Problem, ProblemList, open_rows
+from emodistill.formats import PathLike, Problem, ProblemList, open_rows, printable
 from emodistill.scanning import TEXT_COLUMN, LabelMode, Layout, ScannedRow, find_layout, scan_rows
 
 __all__ = ["CheckReport", "check_file", "is_blank"]
@@ -81,7 +81,7 @@ class CheckReport:
 
     def to_text(self) -> str:
         """Return the report as lines for people."""
-        return "\n".join(_report_lines(self))
+        return printable("\n".join(_report_lines(self)))
 
 
 def is_blank(text: str) -> bool:

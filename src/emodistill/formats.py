@@ -31,6 +31,7 @@ __all__ = [
     "cell_text",
     "file_format",
     "open_rows",
+    "printable",
 ]
 
 PathLike = str | os.PathLike[str]
@@ -123,7 +124,7 @@ class ProblemList:
         separator = ", " if place.startswith((self.noun, "column")) else ": "
         rest = self.total - 1
         more = f" ({rest:,} more problem{'s' if rest > 1 else ''}: run  emodistill check {path})" if rest else ""
-        raise InputError(f"{path}{separator}{place}{more}")
+        raise InputError(printable(f"{path}{separator}{place}{more}"))
 
 
 class Row(NamedTuple):
@@ -174,6 +175,11 @@ def cell_text(value: Any) -> str:
     if value is None or value is MISSING:
         return ""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def printable(text: str) -> str:
+    """Return a text in which "?" stands for what UTF-8 cannot hold, such as the undecodable bytes of a faulty file."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def open_rows(path: PathLike, problems: ProblemList, *, expected: Sequence[str] = ()) -> "_OpenFile":

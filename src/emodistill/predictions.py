@@ -27,6 +27,7 @@ __all__ = ["PredictionWriter", "csv_line", "open_predictions", "write_prediction
 
 _NEEDS_QUOTES: Final = re.compile('[",\r\n]')
 _N_DECIMALS: Final = 6
+_JSON: Final = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class PredictionWriter(Protocol):
@@ -214,7 +215,7 @@ class _JsonlWriter:
             if columns.with_probabilities:
                 rounded = [round(probability, _N_DECIMALS) for probability in row_probabilities]
                 out["probabilities"] = dict(zip(names, rounded, strict=True))
-            lines.append(json.dumps(out, ensure_ascii=False, default=str) + "\n")
+            lines.append(_JSON.encode(out) + "\n")
         self._stream.write("".join(lines))
 
 

@@ -127,11 +127,11 @@ def scan_rows(rows: RowFile, layout: Layout, problems: ProblemList, *, mode: Lab
         n_rows += 1
         text = None if layout.text is None else values[layout.text]
         if layout.text is not None and not isinstance(text, str):
-            message = f"{_shown(text)} is not a text: write every text as a string"
-            problems.add("not a text", message, line=line, column=TEXT_COLUMN)
+            found = "the record has no such key" if text is MISSING else f"{_shown(text)} is not a text"
+            problems.add("not a text", f"{found}: give every row a text", line=line, column=TEXT_COLUMN)
             text = None
         if extra is not None and layout.is_closed:
-            for key in extra:
+            for key in (key for key in extra if key != ID_COLUMN):
                 problems.add(_UNKNOWN_KEY_KIND, "the first record has no such key", line=line, column=key)
         row_id = _find_id(layout, values, extra)
         if first_has_id is None:

@@ -25,6 +25,6 @@ def check(files: tuple[str, ...], labels: str | None, texts_only: bool, as_json:
     for path in files:
         report = check_file(path, label_names=label_names, texts_only=texts_only)
         all_ok &= report.ok
-        click.echo(json.dumps(report.to_json(), ensure_ascii=False) if as_json else report.to_text())
+        click.echo(json.dumps(report.to_json()) if as_json else report.to_text())
     if not all_ok:
         sys.exit(2)
