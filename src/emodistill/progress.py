@@ -80,6 +80,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = 0
+        self._skipped = 0
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._is_terminal = bool(getattr(self._stream, "isatty", lambda: False)())
@@ -102,6 +103,12 @@ class Progress:
         if self._is_due(now_s):
             self._write(self._running_line(now_s), end_of_line=not self._is_terminal)
             self._last_written_s = now_s
+
+    def skip(self, n: int) -> None:
+        """Count `n` units that were done before, in a run that was stopped: they enter the share, not the speed."""
+        self.done += n
+        self._skipped += n
+        self._samples = [(at_s, done + n) for at_s, done in self._samples]
 
     def close(self) -> None:
         """Write the last line, unless the work was too short to be mentioned."""
@@ -143,7 +150,7 @@ class Progress:
 
     def _final_line(self, now_s: float) -> str:
         elapsed_s = now_s - self._started_s
-        mean_speed = self.done / max(elapsed_s, 1e-9)
+        mean_speed = (self.done - self._skipped) / max(elapsed_s, 1e-9)
         count = f"{self.done:,}" if self.done == self.total else self._share()
         return self._join(
             [f"{count} {self.unit} in {format_duration(elapsed_s)}", f"{_format_speed(mean_speed)} {self.unit}/s"]
