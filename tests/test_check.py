@@ -55,6 +55,19 @@ def test_all_faults_of_a_file_are_listed_by_line_and_column(tmp_path: Path) -> N
     assert report.size_bytes == len(FAULTY)
 
 
+def test_a_line_with_two_faults_has_both_listed(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b'text,a\ncaf\xe9,1,0\n"caf\xe9" x,1\nfine\0,1\n')
+    problems = check_file(tmp_path / "x.csv").problems
+    assert [(problem.line, problem.column) for problem in problems] == [
+        (2, None),
+        (2, None),
+        (3, None),
+        (3, None),
+        (4, "text"),
+    ]
+    assert [problem.message.split()[0] for problem in problems] == ["byte", "3", "a", "byte", "a"]
+
+
 def test_what_a_sound_file_holds() -> None:
     report = check_file(CASES / "D05_float_labels.csv")
     assert report.ok

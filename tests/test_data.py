@@ -362,6 +362,10 @@ def test_a_parquet_file_gives_the_same_as_its_csv(tmp_path: Path) -> None:
     assert (read.texts, read.label_names, read.columns) == (plain.texts, plain.label_names, plain.columns)
     assert np.array_equal(read.labels, plain.labels)
 
+    table = pyarrow.table({"text": ["x"], "a": [1], "__index_level_0__": [7]})  # as pandas writes its index
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert read_dataset(tmp_path / "x.parquet").label_names == ("a",)
+
     table = pyarrow.table({"text": ["x", None, "z"], "a": [1, 0, 2]})
     parquet.write_table(table, tmp_path / "x.parquet")
     with pytest.raises(InputError, match=r"x.parquet, row 2, column 'text': null is not a text.*1 more problem:"):

@@ -20,6 +20,7 @@ def rows_of(zip_path: Path) -> list[list[str]]:
     with zipfile.ZipFile(zip_path) as archive:
         assert archive.namelist() == ["submission.csv"]
         assert archive.testzip() is None
+        assert archive.infolist()[0].date_time == (1980, 1, 1, 0, 0, 0)  # not the clock: equal decisions, equal bytes
         content = archive.read("submission.csv").decode("utf-8")
     return list(csv.reader(io.StringIO(content, newline=""), strict=True))
 

@@ -329,7 +329,7 @@ class _DelimitedRows:
                 return
             except csv.Error as error:
                 self._add_syntax(line, str(error))
-                self._lines.unclean.clear()
+                self._add_unclean(())
                 continue
             if values:
                 yield line, values
@@ -348,7 +348,7 @@ class _DelimitedRows:
         _check_duplicates(columns, problems, line=1)
 
     def _add_field_count(self, line: int, values: list[str]) -> None:
-        self._lines.unclean.clear()
+        self._add_unclean(())
         name = "comma" if self._delimiter == "," else "tab"
         self._problems.add(
             "number of fields",
