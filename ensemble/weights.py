@@ -213,5 +213,6 @@ class _GridScore:
 def _check(stack: Float32Array, y_true: npt.NDArray[np.int8]) -> None:
     if stack.ndim != 3 or stack.shape[1:] != y_true.shape or np.isnan(stack).any():
         raise InputError(
-            f"logits {stack.shape} must be (n_members, n_samples, n_labels) without NaN; the truth has shape {y_true.shape}"
+            f"logits have shape {stack.shape} and truth {y_true.shape}: "
+            "expected (n_members, n_samples, n_labels) without NaN, and (n_samples, n_labels)"
         )
