@@ -300,10 +300,10 @@ def _frequent_pieces(
 
     ids = encode(Tokenizer.from_str(tokenizer_json), texts, config.max_length_tokens)
     counts = np.bincount(np.concatenate(ids), minlength=config.vocab_size)
-    order = np.lexsort((np.arange(config.vocab_size), -counts))
-    base, _ = shrink_vocabulary(tokenizer_json, [])
-    n_base = Tokenizer.from_str(base).get_vocab_size()
-    n_chosen = max(0, vocabulary_size - n_base)
+    _, always_kept = shrink_vocabulary(tokenizer_json, [])
+    order = np.lexsort((np.arange(config.vocab_size), -counts))  # ties by id
+    order = order[~np.isin(order, always_kept)]
+    n_chosen = max(0, vocabulary_size - len(always_kept))
     tokenizer_json, old_ids = shrink_vocabulary(tokenizer_json, order[:n_chosen].tolist())
     weights = weights | {_WORD_TABLE: weights[_WORD_TABLE][old_ids].copy()}
     pad_token_id = int(np.flatnonzero(old_ids == config.pad_token_id)[0])

@@ -1,8 +1,10 @@
 """Models two layers wide, with weights at real scale, for the tests."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from emodistill.checkpoints import ModelCheckpoint, Weights, encoder_weight_shapes
 from emodistill.encoder_config import EncoderConfig
@@ -114,3 +116,30 @@ def tiny_checkpoint(label_names: tuple[str, ...] = ("gratitude", "remorse"), **c
         weights=random_weights(config, len(label_names), scale=0.1),
         tokenizer_json=tiny_tokenizer_json(),
     )
+
+
+def write_encoder_folder(folder: Path, **changes: object) -> Path:
+    """Write a tiny pretrained BERT as Hugging Face would: config.json, model.safetensors, tokenizer.json."""
+    config = tiny_config(**changes)
+    renames = {
+        "attention.query": "attention.self.query",
+        "attention.key": "attention.self.key",
+        "attention.value": "attention.self.value",
+        "attention.output": "attention.output.dense",
+        "attention.LayerNorm": "attention.output.LayerNorm",
+        "intermediate": "intermediate.dense",
+        "output": "output.dense",
+        "output.LayerNorm": "output.LayerNorm",
+    }
+    arrays = {}
+    for name, value in random_weights(config, 1, scale=0.1).items():
+        if name.startswith("layer."):
+            _, layer, *middle, kind = name.split(".")
+            name = f"encoder.layer.{layer}.{renames['.'.join(middle)]}.{kind}"
+        if not name.startswith("classifier"):
+            arrays[name] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    (folder / "tokenizer.json").write_text(tiny_tokenizer_json())
+    return folder

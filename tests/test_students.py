@@ -1,0 +1,111 @@
+"""Students: what they are cut from, what they never see, and that they learn from logits."""
+
+import numpy as np
+import pytest
+from models import PIECES, write_encoder_folder
+from tokenizers import Tokenizer
+
+from emodistill.checkpoints import load_checkpoint, load_encoder_weights
+from emodistill.distill.students import STUDENT_PRESETS, StudentConfig, held_out_rows, student_start, train_student
+from emodistill.errors import ConfigError
+
+LABELS = ("gratitude", "remorse")
+WORD = "embeddings.word_embeddings.weight"
+
+
+def rows(n):
+    generator = np.random.default_rng(0)
+    words = ["thank", "you", "sorry", "love", "great", "lol", "a"]
+    texts = [" ".join(generator.choice(words, generator.integers(2, 7))) for _ in range(n)]
+    labels = np.array([["thank" in text, "sorry" in text] for text in texts], np.int8)
+    return texts, labels
+
+
+def test_a_student_starts_from_the_chosen_layers(tmp_path):
+    encoder = write_encoder_folder(tmp_path, n_layers=3)
+    _, weights = load_encoder_weights(encoder)
+    start = student_start(
+        StudentConfig(layers=(0, 2), vocabulary_size=None, max_length_tokens=8), encoder, ["thank you"], LABELS
+    )
+    assert start.config.n_layers == 2
+    np.testing.assert_array_equal(start.weights["layer.1.output.weight"], weights["layer.2.output.weight"])
+    assert start.weights["embeddings.position_embeddings.weight"].shape == (8, 16)
+    with pytest.raises(ConfigError, match="wants layer 3, but 'minilm-l6' has 3 layers"):
+        student_start(StudentConfig(layers=(0, 3)), encoder, ["a"], LABELS)
+
+
+def test_rare_pieces_are_cut_and_their_rows_follow(tmp_path):
+    encoder = write_encoder_folder(tmp_path)
+    _, weights = load_encoder_weights(encoder)
+    # 8 pieces stay in any case: 5 special ones and the single characters ".", "a", "##s"; room for two more.
+    student = StudentConfig(layers=(0,), vocabulary_size=10)
+    start = student_start(student, encoder, ["sorry sorry sorry", "love love", "thank"], LABELS)
+    tokenizer = Tokenizer.from_str(start.tokenizer_json)
+    assert set(tokenizer.get_vocab()) == {*PIECES[:5], ".", "a", "##s", "sorry", "love"}
+    row = start.weights[WORD][tokenizer.token_to_id("sorry")]
+    np.testing.assert_array_equal(row, weights[WORD][PIECES.index("sorry")])
+    assert tokenizer.encode("thank").tokens == ["[CLS]", "[UNK]", "[SEP]"]
+
+
+def test_a_factorized_table_of_full_rank_is_exact(tmp_path):
+    encoder = write_encoder_folder(tmp_path)
+    _, weights = load_encoder_weights(encoder)
+    start = student_start(StudentConfig(layers=(0,), vocabulary_size=None, embedding_size=13), encoder, ["a"], LABELS)
+    # 14 rows around their mean have rank 13, so 13 directions hold all of them.
+    rebuilt = start.weights[WORD] @ start.weights["embeddings.projection.weight"].T
+    np.testing.assert_allclose(rebuilt + start.weights["embeddings.projection.bias"], weights[WORD], atol=1e-5)
+
+
+def test_the_held_out_tenth_is_fixed_and_stratified():
+    texts, labels = rows(400)
+    held_out = held_out_rows(texts, labels)
+    assert 30 <= len(held_out) <= 60
+    np.testing.assert_array_equal(held_out, held_out_rows(texts, labels))
+    assert np.abs(labels[held_out].mean(0) - labels.mean(0)).max() < 0.05
+
+
+def test_a_student_learns_the_teacher_not_the_labels(tmp_path):
+    pytest.importorskip("tensorflow")
+    encoder = write_encoder_folder(tmp_path / "encoder")
+    texts, labels = rows(300)
+    teacher = np.where(labels[:, ::-1], 4.0, -4.0).astype(np.float32)  # says the opposite label
+    student = StudentConfig(
+        layers=(0, 1), vocabulary_size=None, epochs=6, batch_size=8, learning_rate=3e-3, hard_weight=0.0,
+        distillation_temperature=1.0, dropout_rate=0.0, attention_dropout_rate=0.0, precision="float32",
+    )  # fmt: skip
+    train_student(
+        student,
+        encoder_dir=encoder,
+        texts=texts,
+        hard_targets=labels,
+        soft_logits=teacher,
+        transfer_texts=["thank you", "sorry a"],
+        transfer_logits=np.array([[-4, 4], [4, -4]], np.float32),
+        label_names=LABELS,
+        evaluation_texts={"dev": ["thank you lol", "sorry great"]},
+        work_dir=tmp_path / "student",
+    )
+    with np.load(tmp_path / "student" / "logits.npz") as saved:
+        assert ((saved["dev"] > 0) == [[False, True], [True, False]]).all()
+        np.testing.assert_array_equal(saved["held_out_rows"], held_out_rows(texts, labels))
+        agreement = ((saved["held_out"] > 0) == (teacher[saved["held_out_rows"]] > 0)).mean()
+    assert agreement > 0.9
+    assert load_checkpoint(tmp_path / "student").label_names == LABELS
+
+
+def test_teacher_logits_of_other_texts_are_refused(tmp_path):
+    texts, labels = rows(30)
+    with pytest.raises(ConfigError, match=r"the teacher's logits \(29 train, 0 transfer rows\) do not fit"):
+        train_student(
+            StudentConfig(), encoder_dir=tmp_path, texts=texts, hard_targets=labels,
+            soft_logits=np.zeros((29, 2), np.float32), transfer_texts=[], transfer_logits=np.zeros((0, 2), np.float32),
+            label_names=LABELS, evaluation_texts={}, work_dir=tmp_path,
+        )  # fmt: skip
+
+
+def test_a_table_of_settings_starts_from_its_preset():
+    assert StudentConfig.from_mapping({"name": "nano", "epochs": 2}).layers == STUDENT_PRESETS["nano"].layers
+    with pytest.raises(ConfigError, match="student setting 'depth' is unknown: known are "):
+        StudentConfig.from_mapping({"name": "tiny", "depth": 3})
+    with pytest.raises(ConfigError, match=r"student 'tiny': hard_weight = 2 is out of range"):
+        StudentConfig(hard_weight=2)
