@@ -280,3 +280,20 @@ def test_memory_does_not_grow_with_the_file(bundle, tmp_path, suffix):
     if suffix == "csv":
         rows = read_csv(out)
         assert [(row["id"], row["text"]) for row in rows] == [(str(i), line) for i, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_the_stream_benchmark_counts_and_compares_rows(bundle, monkeypatch, suffix):
+    pytest.importorskip("resource", reason="this system does not tell a process's peak memory")
+    from emodistill.benchmarks import predict_stream
+    from emodistill.errors import VerificationError
+
+    measured = predict_stream.measure_stream(bundle, 200, suffix=suffix, graph="model", threads=1)
+    assert (measured["rows"], measured["threads"], measured["graph"]) == (200, 1, "onnx/model.onnx")
+    assert measured["rows_per_s"] > 0
+    assert 20 < measured["peak_memory_mib"] < 500
+    # A row that is lost on the way back is noticed, as is one that is changed.
+    original = predict_stream._read_rows
+    monkeypatch.setattr(predict_stream, "_read_rows", lambda path: list(original(path))[:-1])
+    with pytest.raises(VerificationError, match="row 199 of the predictions is None"):
+        predict_stream.measure_stream(bundle, 200, suffix=suffix, graph=None, threads=None)
