@@ -6,7 +6,7 @@ decisions, and gives the bias that moves it back.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -367,7 +367,10 @@ def combine(
 
 
 def fold_average_shift(
-    single_fold_margins: npt.NDArray[np.floating[Any]], fold_average_margins: npt.NDArray[np.floating[Any]]
+    single_fold_margins: npt.NDArray[np.floating[Any]],
+    fold_average_margins: npt.NDArray[np.floating[Any]],
+    *,
+    is_learned: bool = True,
 ) -> FoldAverageShift:
     """Measure, without labels, what averaging folds does to positive decisions, and find the bias that undoes it.
 
@@ -381,6 +384,10 @@ def fold_average_shift(
     fold_average_margins : float array of shape (n_texts, n_labels)
         Of the same texts.
 
+    is_learned : bool
+        Whether the thresholds were learned on single folds. If not, matching the rate of single folds would only hand
+        their errors on to the average, and nothing is corrected.
+
     Returns
     -------
     FoldAverageShift
@@ -391,7 +398,8 @@ def fold_average_shift(
     average = (fold_average_margins >= 0).astype(np.float64)
     difference = (average - single).sum(axis=1)
     noise = NOISE_DEVIATIONS * float(np.std(difference)) * np.sqrt(n_texts)
-    is_corrected = bool(abs(difference.sum()) > noise)
+    is_shifted = bool(abs(difference.sum()) > noise)
+    is_corrected = is_shifted and is_learned
     bias = np.zeros(n_labels, np.float32)
     if is_corrected:
         positives = single.sum(axis=0)
@@ -402,6 +410,8 @@ def fold_average_shift(
     corrected = (fold_average_margins + bias >= 0).mean(axis=0)
     share = f"{average.sum():.0f} positive decisions against {single.sum():.1f} of a single fold on {n_texts} texts"
     verdict = "corrected by a bias per label" if is_corrected else "within noise, not corrected"
+    if is_shifted and not is_learned:
+        verdict = "not corrected, as 0.5 was not learned on single folds"
     return FoldAverageShift(
         bias=bias,
         single_fold_rate=single.mean(axis=0),
@@ -449,12 +459,7 @@ def _measure_shift(members: Sequence[MemberLogits], fitted: FittedRecipe) -> tup
             for fold in sorted(common_folds)
         ]
     )
-    shift = fold_average_shift(single, average)
-    if fitted.calibration is None:
-        # 0.5 was not learned on single folds. Matching their rate would hand their errors on to the average.
-        plain = np.zeros_like(shift.bias)
-        note = shift.note.rsplit(":", 1)[0] + ": not corrected, as 0.5 was not learned on single folds"
-        shift = replace(shift, bias=plain, corrected_rate=shift.fold_average_rate, is_corrected=False, note=note)
+    shift = fold_average_shift(single, average, is_learned=fitted.calibration is not None)
     return shift, f"on {' and '.join(usable)} texts, without labels, {shift.note}"
 
 

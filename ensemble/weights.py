@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 from emodistill.errors import InputError
 from emodistill.metrics import LabelCounts, Metric, score_counts
 
-__all__ = ["average_logits", "greedy_weights", "stacked_weights", "uniform_weights"]
+__all__ = ["average_logits", "greedy_weights", "selection_order", "stacked_weights", "uniform_weights"]
 
 GREEDY_ROUNDS = 30
 # Logits are binned to score every threshold at once; outside ±8 (probability 0.0003) no threshold is of use.
@@ -110,6 +110,33 @@ def greedy_weights(
             best_score, best_counts = scores[chosen], counts
     shares: Float64Array = np.repeat((best_counts / best_counts.sum())[:, None], n_labels, axis=1)
     return shares
+
+
+def selection_order(stack: Float32Array, y_true: npt.NDArray[np.int8], metric: Metric) -> list[int]:
+    """Order members so that each is the one that helps the plain average of those before it most.
+
+    Parameters
+    ----------
+    stack : float32 array of shape (n_members, n_samples, n_labels)
+        Out-of-fold logits without NaN.
+    y_true : int8 array of shape (n_samples, n_labels), in {0, 1}
+    metric : Metric
+
+    Returns
+    -------
+    list of int
+        Positions of all members, the best single one first.
+    """
+    _check(stack, y_true)
+    score = _GridScore(y_true, metric)
+    order: list[int] = []
+    total = np.zeros(stack.shape[1:], np.float32)
+    while len(order) < len(stack):
+        left = [i for i in range(len(stack)) if i not in order]
+        scores = [score((total + stack[i]) / np.float32(len(order) + 1)) for i in left]
+        order.append(left[int(np.argmax(scores))])
+        total += stack[order[-1]]
+    return order
 
 
 def stacked_weights(
