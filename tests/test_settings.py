@@ -79,7 +79,7 @@ def test_the_fast_preset_covers_every_row_with_two_variants() -> None:
     ("overrides", "message"),
     [
         ([("epoch", 3)], "setting 'epoch' is unknown: known are preset, seed"),
-        ([("combine.metrics", "x")], "setting 'combine.metrics' is unknown: known are metric, force_step"),
+        ([("combine.metrics", "x")], "setting 'combine.metrics' is unknown: known are metric, rule"),
         ([("seed", -1)], "seed is -1: give a whole number"),
         ([("seed", "abc")], "seed is 'abc': expected int"),
         ([("seed", True)], "seed is True: expected int"),

@@ -140,14 +140,16 @@ def train(folder: Path, only: str | None, folds: str | None, dry_run: bool, as_j
 @click.command(short_help="Weigh the members and choose thresholds on out-of-fold rows.")
 @RUN_ARGUMENT
 @click.option("--metric", help="What to maximise: micro_f1, macro_f1, label:NAME, f_beta:B.")
-@click.option("--force-step", help="Take this step whatever its interval says.")
+@click.option("--rule", help="Take this rule whatever its interval says; 'auto' leaves the choice to the referee.")
 @_json_option
-def combine(folder: Path, metric: str | None, force_step: str | None, as_json: bool) -> None:
+def combine(folder: Path, metric: str | None, rule: str | None, as_json: bool) -> None:
     """Combine the members that are there, with weights and thresholds learned on out-of-fold rows alone.
 
-    A step from the plain average is kept only if its paired 95 % interval lies above 0.
+    A step away from the plain average is kept only if the paired 95 % interval of its gain lies above 0. Rules, from
+    simple to less so: uniform, shared_plug_in, per_label_thresholds, greedy_weights, shared_weights,
+    per_label_weights. A variant that was trained on some folds only takes part; rows it did not predict are left out.
     """
-    _run_stage(folder, "combine", as_json, {"combine.metric": metric, "combine.force_step": force_step})
+    _run_stage(folder, "combine", as_json, {"combine.metric": metric, "combine.rule": rule})
 
 
 @click.command(short_help="Teach students to answer like the ensemble.")

@@ -155,8 +155,12 @@ class Plan:
         """Name the report."""
         return fingerprint("report", asdict(self.run.settings.bench), ensemble, list(bundles))
 
+    def logits_fingerprint(self, ensemble: str, bundles: Sequence[str]) -> str:
+        """Name the saved logits."""
+        return fingerprint("logits", ensemble, list(bundles))
+
     def submissions_fingerprint(self, ensemble: str, bundles: Sequence[str]) -> str:
-        """Name the submissions and published logits."""
+        """Name the submissions; the test file's further columns are part of them."""
         test = self.run.data_record.get("test")
         return fingerprint("submissions", ensemble, list(bundles), test and test["fingerprint"])
 
@@ -177,8 +181,11 @@ class Plan:
             rows.append(self._row("export", f"bundle {student.name}", bundle_state, 60.0))
         report_state = piece_state(self.run.report_folder, self.report_fingerprint(ensemble, bundles))
         rows.append(self._row("bench", "report", report_state, 60.0))
-        submissions = piece_state(self.run.submissions_folder, self.submissions_fingerprint(ensemble, bundles))
-        rows.append(self._row("submit", "submissions and logits", submissions, 10.0))
+        logits = piece_state(self.run.logits_folder, self.logits_fingerprint(ensemble, bundles))
+        rows.append(self._row("submit", "logits", logits, 30.0 * len(bundles)))
+        if self.run.paths.test is not None:
+            submissions = piece_state(self.run.submissions_folder, self.submissions_fingerprint(ensemble, bundles))
+            rows.append(self._row("submit", "submissions", submissions, 5.0))
         return rows
 
     def _row(self, stage: Stage, name: str, piece: Piece, seconds: float | None) -> StagePlan:

@@ -271,6 +271,12 @@ class RunFolder:
         return data
 
     @property
+    def versions(self) -> Mapping[str, str]:
+        """Versions of Python and of the libraries that last wrote here."""
+        versions: Mapping[str, str] = self._record.get("versions", {})
+        return versions
+
+    @property
     def seconds(self) -> Mapping[str, float]:
         """How long each piece took to make, by its name."""
         seconds: Mapping[str, float] = self._record["seconds"]

@@ -75,25 +75,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 class CombineSettings:
     """How member predictions become one."""
 
-    metric: str = "micro_f1"  # "micro_f1", "macro_f1", "label:NAME"; the ensemble's metrics module names all
-    force_step: str | None = None  # take this step of the referee whatever its interval says
+    metric: str = "micro_f1"  # "micro_f1", "macro_f1", "label:NAME" or "f_beta:B"
+    rule: str = "auto"  # "auto" leaves the choice to the referee; a rule's name forces it, and its price is told
 
     def __post_init__(self) -> None:
-        if not self.metric:
-            raise ConfigError("combine.metric is empty: give for example 'micro_f1'")
+        for name in ("metric", "rule"):
+            if not getattr(self, name):
+                raise ConfigError(f"combine.{name} is empty: leave it out for the default")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """How a student becomes a bundle."""
 
-    opset: int | None = None  # None: the latest that was tested
-    max_f1_loss: float = 0.003  # of an int8 graph against fp32 on held-out rows, in [0, 1]; more: not the default
+    opset: int | None = None  # of the portable graphs; None: the latest that was tested
+    fast_precisions: tuple[str, ...] = ("int8-static", "int8-dynamic")  # the first that passes its limits is kept
+    weight_bits: int = 7  # 7 is right on every processor; 8 saturates on some
+    shared_threshold: bool = True  # one for all labels, or one each
+    max_f1_loss: float = 0.003  # micro-F1 that an int8 graph may lose against Keras, in [0, 1]
     verify_cpu: str | None = None  # "haswell": also answer under an emulated AVX2 processor
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fast_precisions", tuple(self.fast_precisions))
         if self.opset is not None and not 11 <= self.opset <= 26:
             raise ConfigError(f"export.opset is {self.opset}: give a number between 11 and 26, or leave it out")
+        if self.weight_bits not in (7, 8):
+            raise ConfigError(f"export.weight_bits is {self.weight_bits}: give 7 or 8")
         if not 0 <= self.max_f1_loss <= 1:
             raise ConfigError(f"export.max_f1_loss is {self.max_f1_loss}: give a share between 0 and 1")
         if self.verify_cpu not in (None, "haswell"):
