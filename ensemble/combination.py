@@ -339,6 +339,7 @@ def combine(
     if shift is None and recipe.thresholds == "per_label" and rule == "auto" and _n_folds(stack, fold_ids) > 1:
         # What averaging does to seven thresholds is unknown here: one threshold is the smaller risk.
         recipe = Recipe(recipe.weights, "plug_in")
+        chosen_name = next(name for name, known in RULES.items() if known == recipe)
         fitted = referee.fit(recipe)
         shift_note += "; so thresholds per label, which the referee had kept, fall back to the plug-in threshold"
     notes.append(shift_note)

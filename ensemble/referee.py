@@ -316,7 +316,8 @@ def render_steps(steps: Sequence[StepReport], metric_name: str = "micro_f1") -> 
         if step.gain is not None:
             gain, interval = f"{step.gain.difference:+.4f}", f"{step.gain.low:+.4f} to {step.gain.high:+.4f}"
         score, macro = (f"{value:.4f}" if value is not None else "n/a" for value in (step.score, step.macro_f1))
-        verdict = ("kept: " if step.kept else "refused: ") + step.reason
+        was_tried = step.kept or step.gain is not None
+        verdict = f"{'kept' if step.kept else 'refused'}: {step.reason}" if was_tried else step.reason
         lines.append(f"{step.name:<22}{score:>12}{macro:>10}  {gain:>8}  {interval:<19} {verdict}")
     return "\n".join(lines)
 
