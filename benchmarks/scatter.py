@@ -172,4 +172,5 @@ def _nice_range(values: Sequence[float]) -> tuple[float, float, float]:
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, step
+    bottom, top = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return min(bottom, top - 1) * step, top * step, step  # equal values on a tick still get a range

@@ -21,6 +21,8 @@ __all__ = ["Worker", "WorkerError", "serve", "start_worker", "text_handlers"]
 
 Handler = Callable[..., Any]
 
+ANSWER_MARK = "answer "  # begins the lines that are meant for the other end: libraries print greetings, too
+
 
 class WorkerError(RuntimeError):
     """A worker ended or failed; the message holds the last lines that it wrote."""
@@ -30,7 +32,7 @@ def serve(handlers: Mapping[str, Handler]) -> None:
     """Answer requests from standard input until it closes.
 
     A request is ``{"op": NAME, ...}``: the handler of that name gets the rest as keyword arguments. The answer is
-    ``{"result": ...}`` or ``{"error": ...}``. Whatever the handlers print goes to standard error.
+    ``answer {"result": ...}`` or ``answer {"error": ...}``. Whatever the handlers print goes to standard error.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -40,7 +42,7 @@ def serve(handlers: Mapping[str, Handler]) -> None:
             answer = {"result": handlers[request.pop("op")](**request)}
         except Exception as error:  # whatever went wrong belongs to the other end
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        print(ANSWER_MARK + json.dumps(answer), file=answers, flush=True)
 
 
 def text_handlers(models: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Handler]:
@@ -104,12 +106,12 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            line = next((line for line in self._process.stdout if line.startswith(ANSWER_MARK)), "")
         except BrokenPipeError:
             line = ""
         if not line:
             raise WorkerError(f"the worker ended: {self._last_lines()}")
-        answer = json.loads(line)
+        answer = json.loads(line.removeprefix(ANSWER_MARK))
         if "error" in answer:
             raise WorkerError(f"{op}: {answer['error']}")
         return answer["result"]

@@ -206,6 +206,7 @@ def test_axes_have_round_ticks() -> None:
     # 0.78 to 0.89 in steps of at least 0.022: 0.05; from 0.75 to 0.90
     assert _nice_range([0.78, 0.89]) == pytest.approx((0.75, 0.90, 0.05))
     # one value alone still gets an axis of 0.01
+    assert _nice_range([1.0, 1.0]) == pytest.approx((0.998, 1.0, 0.002))
     low, high, step = _nice_range([0.85, 0.85])
     assert low <= 0.85 <= high
     assert step == pytest.approx(0.002)
