@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from emodistill.ensemble.calibration import Calibration
-from emodistill.ensemble.referee import RULES, FittedRecipe, Recipe, Referee, StepReport
+from emodistill.ensemble.referee import RULES, FittedRecipe, Recipe, Referee, StepReport, Verdict
 from emodistill.ensemble.weights import average_logits
 from emodistill.errors import ConfigError, InputError
 from emodistill.metrics import PairedDifference, parse_metric
 from emodistill.thresholds import decide, sigmoid
 
-__all__ = ["Combination", "FoldAverageShift", "MemberLogits", "combine", "fold_average_shift"]
+__all__ = ["Combination", "FoldAverageShift", "MemberLogits", "combine", "combine_by_rules", "fold_average_shift"]
 
 SHIFT_SHRINKAGE_POSITIVES = 200.0
 NOISE_DEVIATIONS = 1.96  # a difference in positives within this many standard errors is no shift
@@ -313,9 +313,37 @@ def combine(
     InputError
         If shapes or names do not fit, or no row was predicted by every member.
     """
+    return combine_by_rules(members, labels, fold_ids, label_names, rules=[rule], metric=metric, seed=seed)[rule]
+
+
+def combine_by_rules(
+    members: Sequence[MemberLogits],
+    labels: npt.NDArray[np.int8],
+    fold_ids: npt.NDArray[np.int8],
+    label_names: Sequence[str],
+    *,
+    rules: Sequence[str] = ("auto", *RULES),
+    metric: str = "micro_f1",
+    seed: int = 0,
+) -> dict[str, Combination]:
+    """Combine by several rules at the price of one: the referee's fits are shared.
+
+    Parameters
+    ----------
+    members, labels, fold_ids, label_names, metric, seed
+        As for `combine`.
+    rules : sequence of str
+        Each "auto" or a key of `RULES`; by default all.
+
+    Returns
+    -------
+    dict from rule to Combination
+        What `combine` returns for each rule.
+    """
     target = parse_metric(metric, label_names)
-    if rule != "auto" and rule not in RULES:
-        raise ConfigError(f"rule '{rule}' is unknown: choose auto, {', '.join(RULES)}")
+    for rule in rules:
+        if rule != "auto" and rule not in RULES:
+            raise ConfigError(f"rule '{rule}' is unknown: choose auto, {', '.join(RULES)}")
     names = tuple(member.name for member in members)
     stack = _checked_stack(members, names, labels, fold_ids, label_names)
     common = np.asarray(~np.isnan(stack).any(axis=(0, 2)))
@@ -323,48 +351,34 @@ def combine(
         raise InputError(
             f"no row was predicted by all of {', '.join(names)}: train them on a common fold, or leave one of them out"
         )
-    notes = _coverage_notes(names, stack, fold_ids, common)
     referee = Referee(stack[:, common], labels[common], fold_ids[common], target, seed)
     verdict = referee.judge()
-    chosen_name, recipe, price = verdict.name, verdict.recipe, None
-    if rule != "auto":
-        chosen_name, recipe = rule, RULES[rule]
-        if referee.can_cross_fit:
-            price = referee.compare(recipe, verdict.recipe)
-            notes.append(_price_note(rule, verdict.name, price))
-        else:
-            notes.append(f"rule {rule} was forced; its price cannot be measured with a single fold")
-    fitted = referee.fit(recipe)
-    shift, shift_note = _measure_shift(members, fitted)
-    if shift is None and recipe.thresholds == "per_label" and rule == "auto" and _n_folds(stack, fold_ids) > 1:
-        # What averaging does to seven thresholds is unknown here: one threshold is the smaller risk.
-        recipe = Recipe(recipe.weights, "plug_in")
-        chosen_name = next(name for name, known in RULES.items() if known == recipe)
-        fitted = referee.fit(recipe)
-        shift_note += "; so thresholds per label, which the referee had kept, fall back to the plug-in threshold"
-    notes.append(shift_note)
-    return Combination(
-        member_names=names,
-        label_names=tuple(label_names),
-        metric=metric,
-        rule=chosen_name,
-        requested_rule=rule,
-        recipe=recipe,
-        member_weights=fitted.weights,
-        space="logits",
-        calibration=fitted.calibration,
-        thresholds=fitted.thresholds,
-        shift=shift,
-        steps=verdict.steps,
-        price=price,
-        notes=tuple(notes),
-        n_fitted_rows=int(common.sum()),
-        oof_logits=average_logits(stack, fitted.weights),
-        cross_fitted_rows=np.flatnonzero(common).astype(np.int32),
-        cross_fitted_decisions=referee.cross_fit(recipe)
-        if referee.can_cross_fit or recipe == RULES["uniform"]
-        else np.zeros((0, labels.shape[1]), np.int8),
-    )
+    coverage = _coverage_notes(names, stack, fold_ids, common)
+    averages_folds = _n_folds(stack, fold_ids) > 1
+    combinations = {}
+    for rule in rules:
+        choice = _choose(rule, referee, verdict, members, averages_folds)
+        combinations[rule] = Combination(
+            member_names=names,
+            label_names=tuple(label_names),
+            metric=metric,
+            rule=choice.name,
+            requested_rule=rule,
+            recipe=choice.recipe,
+            member_weights=choice.fitted.weights,
+            space="logits",
+            calibration=choice.fitted.calibration,
+            thresholds=choice.fitted.thresholds,
+            shift=choice.shift,
+            steps=verdict.steps,
+            price=choice.price,
+            notes=(*coverage, *choice.notes),
+            n_fitted_rows=int(common.sum()),
+            oof_logits=average_logits(stack, choice.fitted.weights),
+            cross_fitted_rows=np.flatnonzero(common).astype(np.int32),
+            cross_fitted_decisions=_cross_fitted(referee, choice.recipe),
+        )
+    return combinations
 
 
 def fold_average_shift(
@@ -423,6 +437,48 @@ def fold_average_shift(
         is_corrected=is_corrected,
         note=f"the average of {n_folds} folds gives {share}: {verdict}",
     )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A rule as it will be used."""
+
+    name: str
+    recipe: Recipe
+    fitted: FittedRecipe
+    price: PairedDifference | None
+    shift: FoldAverageShift | None
+    notes: tuple[str, ...]
+
+
+def _choose(
+    rule: str, referee: Referee, verdict: Verdict, members: Sequence[MemberLogits], averages_folds: bool
+) -> _Choice:
+    """Fit what the referee chose, or what was asked for, and measure what averaging folds does to it."""
+    name, recipe, price, notes = verdict.name, verdict.recipe, None, []
+    if rule != "auto":
+        name, recipe = rule, RULES[rule]
+        if referee.can_cross_fit:
+            price = referee.compare(recipe, verdict.recipe)
+            notes.append(_price_note(rule, verdict.name, price))
+        else:
+            notes.append(f"rule {rule} was forced; its price cannot be measured with a single fold")
+    fitted = referee.fit(recipe)
+    shift, shift_note = _measure_shift(members, fitted)
+    if shift is None and recipe.thresholds == "per_label" and rule == "auto" and averages_folds:
+        # What averaging does to many thresholds is unknown here: one threshold is the smaller risk.
+        recipe = Recipe(recipe.weights, "plug_in")
+        name = next(known for known, simple in RULES.items() if simple == recipe)
+        fitted = referee.fit(recipe)
+        shift_note += "; so thresholds per label, which the referee had kept, fall back to the plug-in threshold"
+    return _Choice(name, recipe, fitted, price, shift, (*notes, shift_note))
+
+
+def _cross_fitted(referee: Referee, recipe: Recipe) -> npt.NDArray[np.int8]:
+    """Decisions of all rows by the recipe as fitted on the other folds; none where there are no other folds."""
+    if referee.can_cross_fit or recipe == RULES["uniform"]:
+        return referee.cross_fit(recipe)
+    return np.zeros((0, referee.y_true.shape[1]), np.int8)
 
 
 def _matching_bias(margins: npt.NDArray[np.floating[Any]], n_positive: float) -> float:

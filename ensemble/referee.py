@@ -26,7 +26,14 @@ from emodistill.metrics import (
     paired_bootstrap,
     score_counts,
 )
-from emodistill.thresholds import DEFAULT_THRESHOLD, decide, plug_in_thresholds, search_label_thresholds, sigmoid
+from emodistill.thresholds import (
+    DEFAULT_THRESHOLD,
+    decide,
+    plug_in_thresholds,
+    search_label_thresholds,
+    search_shared_threshold,
+    sigmoid,
+)
 
 __all__ = ["RULES", "FittedRecipe", "Recipe", "Referee", "StepReport", "Verdict", "render_steps"]
 
@@ -40,7 +47,8 @@ class Recipe:
     weights : str
         "uniform", "greedy", "shared" or "per_label" (the last two by stacking).
     thresholds : str
-        "half" (0.5 on uncalibrated probabilities), "plug_in" or "per_label" (both on calibrated ones).
+        "half" (0.5 on uncalibrated probabilities), "plug_in", "searched" (one for all labels) or "per_label"
+        (searched); all but the first on calibrated probabilities.
     """
 
     weights: str
@@ -50,6 +58,7 @@ class Recipe:
 RULES: dict[str, Recipe] = {
     "uniform": Recipe("uniform", "half"),
     "shared_plug_in": Recipe("uniform", "plug_in"),
+    "shared_searched": Recipe("uniform", "searched"),
     "per_label_thresholds": Recipe("uniform", "per_label"),
     "greedy_weights": Recipe("greedy", "plug_in"),
     "shared_weights": Recipe("shared", "plug_in"),
@@ -186,8 +195,13 @@ class Referee:
         calibration = fit_calibration(logits, truth)
         probabilities = sigmoid(calibration.apply(logits))
         thresholds = plug_in_thresholds(probabilities, metric=self.metric)
-        if recipe.thresholds == "per_label":
-            thresholds = search_label_thresholds(truth, probabilities, metric=self.metric, towards=thresholds)
+        if recipe.thresholds == "searched":
+            searched = search_shared_threshold(truth, probabilities, metric=self.metric)
+            thresholds = np.full(n_labels, searched, np.float32)
+        elif recipe.thresholds == "per_label":
+            # Rare labels lean on the searched threshold of all labels, under macro metrics on their own plug-in threshold.
+            towards = None if self.metric.kind == "micro" else thresholds
+            thresholds = search_label_thresholds(truth, probabilities, metric=self.metric, towards=towards)
         return FittedRecipe(weights, calibration, thresholds)
 
     def cross_fit(self, recipe: Recipe) -> npt.NDArray[np.int8]:

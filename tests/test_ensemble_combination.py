@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from emodistill.ensemble.combination import Combination, MemberLogits, combine, fold_average_shift
-from emodistill.ensemble.referee import RULES, Recipe, Referee, render_steps
+from emodistill.ensemble.combination import Combination, MemberLogits, combine, combine_by_rules, fold_average_shift
+from emodistill.ensemble.referee import RULES, Recipe, Referee, Verdict, render_steps
 from emodistill.errors import ConfigError, InputError
 from emodistill.metrics import micro_f1, parse_metric
 from emodistill.thresholds import decide, sigmoid
@@ -129,6 +129,17 @@ def test_every_rule_can_be_forced_and_survives_json(rule: str) -> None:
     assert (combination.calibration is None) == (rule == "uniform")
 
 
+def test_rules_together_are_what_each_is_alone() -> None:
+    members, truth, folds = make(0.4, 1.5)
+    together = combine_by_rules(members, truth, folds, NAMES)
+    assert list(together) == ["auto", *RULES]
+    for rule in ("auto", "shared_searched", "per_label_weights"):
+        alone = combine(members, truth, folds, NAMES, rule=rule)
+        assert together[rule].to_json() == alone.to_json()
+        np.testing.assert_array_equal(together[rule].cross_fitted_decisions, alone.cross_fitted_decisions)
+    assert together["auto"].price is None
+
+
 def test_permuting_members_permutes_the_weights() -> None:
     members, truth, folds = make(0.4, 1.5, 1.0)
     straight = combine(members, truth, folds, NAMES, rule="shared_weights")
@@ -158,7 +169,7 @@ def test_one_fold_in_common_chooses_nothing() -> None:
     second[(folds == 0) | (folds > 1)] = np.nan
     combination = combine([MemberLogits("a", first), MemberLogits("b", second)], truth, folds, NAMES)
     assert combination.rule == "uniform"
-    assert [s.kept for s in combination.steps] == [True] + [False] * 5
+    assert [s.kept for s in combination.steps] == [True] + [False] * 6
     assert "needs two" in step(combination, "shared_plug_in").reason
     second[:] = np.nan
     second[folds == 4] = 0
@@ -251,24 +262,28 @@ def test_correcting_the_average_helps_on_new_texts() -> None:
     assert not uniform.shift.is_corrected
 
 
-def test_thresholds_per_label_fall_back_where_the_average_cannot_be_measured() -> None:
-    truth, signal, _ = truth_and_signal(0)
-    # The first label's logits are so bent that no scale and bias calibrates them: only a searched threshold fits.
-    first = signal[:, 0]
-    signal[:, 0] = np.where(first > -0.5, 6 + 0.1 * np.tanh(first), np.where(first > -3.5, 5.8, -9))
-    folds = (np.arange(N_ROWS) % N_FOLDS).astype(np.int8)
-    oof = signal.astype(np.float32)
-    unmeasured = combine([MemberLogits("bent", oof)], truth, folds, NAMES)
-    assert step(unmeasured, "per_label_thresholds").kept
+def test_thresholds_per_label_fall_back_where_the_average_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Verdict(name="per_label_thresholds", recipe=RULES["per_label_thresholds"], steps=())
+    monkeypatch.setattr(Referee, "judge", lambda self: kept)
+    members, truth, folds = make(0.5)
+    oof = members[0].oof
+    unmeasured = combine(members, truth, folds, NAMES)
     assert unmeasured.recipe == RULES["shared_plug_in"]
     assert unmeasured.rule == "shared_plug_in"
+    assert len(set(unmeasured.thresholds.tolist())) == 1
     assert any("fall back" in note for note in unmeasured.notes)
+    forced = combine(members, truth, folds, NAMES, rule="per_label_thresholds")
+    assert forced.recipe == RULES["per_label_thresholds"]  # who forces a rule gets it
     by_fold = np.repeat(oof[None], 2, axis=0)
-    measured = combine([MemberLogits("bent", oof, {"dev": oof}, {"dev": by_fold}, (0, 1))], truth, folds, NAMES)
-    assert measured.recipe.thresholds == "per_label"
+    measured = combine([MemberLogits("m0", oof, {"dev": oof}, {"dev": by_fold}, (0, 1))], truth, folds, NAMES)
     assert measured.rule == "per_label_thresholds"
+    assert len(set(measured.thresholds.tolist())) == 3
     assert measured.shift is not None
     assert "within noise" in measured.shift.note  # both folds say what their average says
+    one_fold = oof.copy()
+    one_fold[folds > 0] = np.nan
+    single = combine([MemberLogits("m0", one_fold)], truth, folds, NAMES)  # nothing is averaged: nothing to fear
+    assert single.rule == "per_label_thresholds"
 
 
 def test_the_test_set_is_never_used_to_measure() -> None:
