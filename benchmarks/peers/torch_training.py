@@ -67,6 +67,11 @@ class Trainer:
     def __init__(self, spec: dict[str, Any], batches: list[Batch], *, bf16: bool) -> None:
         torch.manual_seed(spec["seed"])
         self.model = Classifier(spec["encoder"], batches[0][2].shape[1]).train()
+        # The classifier starts from the same numbers as ours.
+        start = np.random.default_rng(spec["seed"]).normal(0, 0.02, tuple(self.model.classifier.weight.shape))
+        with torch.no_grad():
+            self.model.classifier.weight.copy_(torch.from_numpy(start))
+            self.model.classifier.bias.zero_()
         matrices = [p for p in self.model.parameters() if p.ndim > 1]
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": spec["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
@@ -110,7 +115,6 @@ def main() -> None:
 
     def train(name: str, first: int, last: int) -> dict[str, list[float]]:
         if name not in trainers:
-            trainers.clear()  # one model in memory at a time is enough for the turns that are taken
             batches, bf16 = recipes[name]
             trainers[name] = Trainer(spec, batches, bf16=bf16)
         seconds, losses = zip(*trainers[name].steps(first, last), strict=True)
