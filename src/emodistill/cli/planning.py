@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from emodistill.artifacts import Piece, file_sha256, fingerprint, piece_state
 from emodistill.cli.run_folder import RunFolder
 from emodistill.encoders import KNOWN_ENCODERS
-from emodistill.errors import ConfigError
+from emodistill.errors import ArtifactError, ConfigError
+from emodistill.metrics import parse_metric
 
 if TYPE_CHECKING:
     from emodistill.distill.students import StudentConfig
@@ -67,6 +68,25 @@ class Plan:
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+
+    @classmethod
+    def checked(cls, run: RunFolder) -> Self:
+        """Return the plan of a run, after making sure that its settings are right and fit its data.
+
+        Raises
+        ------
+        ConfigError
+            If a variant, a student, the metric or the rule cannot be.
+        """
+        from emodistill.ensemble.referee import RULES
+
+        settings = run.settings.combine
+        parse_metric(settings.metric, run.data.label_names)
+        if settings.rule not in ("auto", *RULES):
+            raise ConfigError(f"rule '{settings.rule}' is unknown: choose auto, {', '.join(RULES)}")
+        plan = cls(run)
+        _ = plan.variants, plan.students  # made here, so that a wrong one is found before any work
+        return plan
 
     # ------------------------------------------------------------ settings
 
@@ -131,6 +151,23 @@ class Plan:
     def finished_members(self) -> list[MemberPlan]:
         """The members that are there, whole and fresh, when this is first asked."""
         return [member for member in self.members if member.state.is_done]
+
+    def need_members(self) -> list[MemberPlan]:
+        """Return the finished members; refuse when there are none."""
+        if not self.finished_members:
+            raise ArtifactError(f"{self.run.path} has no finished member: run  emodistill train {self.run.path}  first")
+        return self.finished_members
+
+    def need_ensemble(self) -> str:
+        """Return the fingerprint of the ensemble of the finished members; refuse when it is missing or stale."""
+        wanted = self.ensemble_fingerprint(self.need_members())
+        found = piece_state(self.run.ensemble_folder, wanted)
+        if not found.is_done:
+            raise ArtifactError(
+                f"the ensemble of {self.run.path} is {found.state} ({found.reason}): "
+                f"run  emodistill combine {self.run.path}  first"
+            )
+        return wanted
 
     def ensemble_fingerprint(self, members: Sequence[MemberPlan]) -> str:
         """Name the ensemble of some members under the settings of this run."""

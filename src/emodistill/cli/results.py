@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from emodistill.artifacts import read_json, write_bytes, write_json
 from emodistill.checkpoints import ModelCheckpoint, load_checkpoint
+from emodistill.cli.members import variant_logits
 from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
 from emodistill.data import write_submission
@@ -89,8 +90,6 @@ def write_logits(plan: Plan, students: Sequence[str], folder: Path, say: Say) ->
     say : callable
         Receives a sentence per student.
     """
-    from emodistill.cli.pipeline import variant_logits
-
     run = plan.run
     for name, logits in variant_logits(run, plan.finished_members).items():
         write_model_logits(folder / f"{name}.npz", logits)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import emodistill
-from emodistill.artifacts import fingerprint, read_json, write_json
+from emodistill.artifacts import fingerprint, part_folder, publish_piece, read_json, write_json, writing_beside
 from emodistill.cli.settings import RunSettings
 from emodistill.data import Dataset, file_fingerprint, read_dataset, read_texts, row_fingerprints
 from emodistill.errors import ArtifactError, ConfigError, InputError
@@ -253,8 +253,6 @@ class RunFolder:
             self.data.train_texts, self.data.train_labels, self.settings.n_folds, self.settings.seed
         )
         if self.path.is_dir():
-            from emodistill.artifacts import writing_beside
-
             with writing_beside(path) as beside, beside.open("wb") as handle:
                 np.savez_compressed(handle, fold_ids=fold_ids, fingerprint=np.array(expected))
         return np.asarray(fold_ids, dtype=np.int8)
@@ -296,6 +294,16 @@ class RunFolder:
         self._record["seconds"].pop(f"{name} (begun)", None)
         self._record["seconds"][name] = round(before_s + time.monotonic() - started_s, 1)
         self.save()
+
+    @staticmethod
+    def publish(folder: Path, fingerprint: str, description: Any = None) -> None:
+        """End mark a piece and rename it into place.
+
+        The checkpoint that a killed run would have gone on from is not part of the piece.
+        """
+        for checkpoint in part_folder(folder).glob("checkpoint.*"):
+            checkpoint.unlink()
+        publish_piece(folder, fingerprint, description=description)
 
     # ------------------------------------------------------------ places
 

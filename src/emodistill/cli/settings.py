@@ -46,16 +46,33 @@ DEFAULT_PRESET = "standard"
 MAX_FOLDS = 20
 DATA_NAMES = ("train", "dev", "test", "unlabeled")
 
-_MINILM_A = {"name": "minilm-a", "encoder": "minilm-l6", "learning_rate": 1.5e-4, "epochs": 3}
-_MINILM_B = {"name": "minilm-b", "encoder": "minilm-l6", "learning_rate": 1.0e-4, "epochs": 3, "dropout_rate": 0.2}
-_MPNET = {"name": "mpnet", "encoder": "mpnet-base", "learning_rate": 5e-5, "epochs": 3, "folds": [0, 1, 2]}
-_TFIDF = {"name": "tfidf", "kind": "tfidf"}
+_MINILM_A = {"name": "minilm-a", "encoder": "minilm-l6", "seed": 1, "learning_rate": 1.5e-4, "epochs": 3}
+_MINILM_B = {
+    "name": "minilm-b",
+    "encoder": "minilm-l6",
+    "seed": 2,
+    "learning_rate": 2.5e-4,
+    "epochs": 3,
+    "layerwise_decay": 0.85,
+    "dropout_rate": 0.15,
+    "pooling": "cls",
+}
+_MPNET = {
+    "name": "mpnet-a",
+    "encoder": "mpnet-base",
+    "seed": 11,
+    "learning_rate": 8e-5,
+    "epochs": 3,
+    "layerwise_decay": 0.9,
+    "folds": [0, 1, 2],
+}
+_TFIDF = {"name": "tfidf", "kind": "tfidf", "seed": 3}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "n_folds": 2,
-        "variants": [{**_MINILM_A, "epochs": 2}, {**_MINILM_B, "epochs": 2}],
-        "students": [{"name": "tiny"}],
+        "variants": [_MINILM_A, _MINILM_B],
+        "students": [{"name": "tiny", "epochs": 4}],
     },
     "standard": {
         "n_folds": 5,
