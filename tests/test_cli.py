@@ -184,7 +184,7 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(tmp_path: Path, number: si
     config = write_inputs(tmp_path / "in", epochs=100_000)
     process = start("train", tmp_path / "r", "--config", config, "--only", "bert", "--folds", "0")
     log = tmp_path / "r" / "members" / ".bert-fold0.part" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not (log.is_file() and log.stat().st_size):  # the training loop runs
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline

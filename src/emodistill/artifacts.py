@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
@@ -285,9 +286,15 @@ def _file_fault(path: Path, entry: Mapping[str, Any], *, verify: bool) -> str:
     size_bytes = path.stat().st_size
     if size_bytes != entry["size_bytes"]:
         return f"has {size_bytes:,} bytes instead of {entry['size_bytes']:,}"
-    if verify and file_sha256(path) != entry["sha256"]:
+    if verify and _known_sha256(path, size_bytes, path.stat().st_mtime_ns) != entry["sha256"]:
         return "is not the file that was written (its sha256 differs)"
     return ""
+
+
+@lru_cache(maxsize=4096)
+def _known_sha256(path: Path, size_bytes: int, changed_ns: int) -> str:
+    """Hash a file once per process and state: stages ask for the same gigabytes of weights again and again."""
+    return file_sha256(path)
 
 
 # ---------------------------------------------------------------- one process per run folder

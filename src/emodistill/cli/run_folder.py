@@ -171,6 +171,7 @@ class RunFolder:
             },
             "reuse": [str(folder.resolve()) for folder in reuse] if reuse else old.get("reuse", []),
             "seconds": old.get("seconds", {}),
+            "seconds_of_attempts": old.get("seconds_of_attempts", {}),
         }
         return cls(path, settings, paths, record)
 
@@ -284,14 +285,15 @@ class RunFolder:
     def timed(self, name: str) -> Iterator[None]:
         """Record how long a piece takes; the times of interrupted attempts are added up."""
         started_s = time.monotonic()
-        before_s = self._record["seconds"].get(f"{name} (begun)", 0.0)
+        earlier: dict[str, float] = self._record.setdefault("seconds_of_attempts", {})
+        before_s = earlier.get(name, 0.0)
         try:
             yield
         except BaseException:
-            self._record["seconds"][f"{name} (begun)"] = round(before_s + time.monotonic() - started_s, 1)
+            earlier[name] = round(before_s + time.monotonic() - started_s, 1)
             self.save()
             raise
-        self._record["seconds"].pop(f"{name} (begun)", None)
+        earlier.pop(name, None)
         self._record["seconds"][name] = round(before_s + time.monotonic() - started_s, 1)
         self.save()
 
