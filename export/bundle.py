@@ -151,7 +151,12 @@ def build_fast(
         linear = static_linear(activation_ranges, n_bits=weight_bits)
     else:
         raise ConfigError(f"precision '{precision}' is unknown: choose from {', '.join(FAST_PRECISIONS)}")
-    common |= {"packed": precision == "int8-dynamic", "linear": linear, "embedding": int8_embedding()}
+    common |= {
+        "packed": precision == "int8-dynamic",
+        "approximate_gelu": True,
+        "linear": linear,
+        "embedding": int8_embedding(),
+    }
     return build_fused(checkpoint.config, checkpoint.weights, **common)
 
 

@@ -5,9 +5,9 @@ with the operators that were measured to be fastest for one short text on one co
 width 384, microseconds): ``Sum`` and ``LayerNormalization`` 6, where the fused com.microsoft SkipLayerNormalization
 takes 36 (it is a scalar loop; ``Add`` would be fused into it on loading, ``Sum`` is not); ai.onnx ``Attention`` on
 split queries, keys and values 21, where MultiHeadAttention takes 29; the bias inside the matrix product and ``Gelu``
-19, where BiasGelu takes 23. One packed matrix product makes queries, keys and values. Position and segment
-embeddings are added beforehand. With pooling by the first token, the last layer computes queries, output projection
-and feed-forward for that token alone.
+19 (15 in its tanh form), where BiasGelu takes 23. One packed matrix product makes queries, keys and values. Position
+and segment embeddings are added beforehand. With pooling by the first token, the last layer computes queries, output
+projection and feed-forward for that token alone.
 """
 
 from collections.abc import Callable
@@ -90,6 +90,7 @@ def build_fused(
     max_length_tokens: int,
     masked: bool,
     packed: bool = True,
+    approximate_gelu: bool = False,
     linear: Linear = float_linear,
     embedding: Embedding = float_embedding,
     expose_linear_inputs: bool = False,
@@ -112,6 +113,9 @@ def build_fused(
     packed
         Make queries, keys and values in one matrix product and split it. Where the activations are quantized by an
         operator of their own, three products are a little faster, because nothing has to be split.
+    approximate_gelu
+        Use the tanh form, a quarter faster and within 0.0005 of the exact one: for int8 graphs, whose next step
+        rounds to a hundred times that.
     linear, embedding
         How linear layers and the word table are written: in float32, or one of `emodistill.export.quantization`.
         The classifier itself is always float32.
@@ -136,7 +140,9 @@ def build_fused(
             f"max_length_tokens is {max_length_tokens}, but the encoder has positions for {config.max_length_tokens}"
         )
     writer = GraphWriter()
-    graph = _ClassifierGraph(writer, config, weights, linear, embedding, max_length_tokens, masked, packed)
+    graph = _ClassifierGraph(
+        writer, config, weights, linear, embedding, max_length_tokens, masked, packed, approximate_gelu
+    )
     hidden = graph.embeddings()
     for layer in range(config.n_layers):
         hidden = graph.layer(layer, hidden, first_token_only=pooling == "cls" and layer == config.n_layers - 1)
@@ -177,6 +183,7 @@ class _ClassifierGraph:
     max_length_tokens: int
     masked: bool
     packed: bool
+    approximate_gelu: bool
 
     def embeddings(self) -> str:
         """Write word + position + segment, normalized: (batch, sequence, hidden)."""
@@ -208,7 +215,8 @@ class _ClassifierGraph:
         context = self._linear(f"{attention}.output", context)
         hidden = self._norm(f"{attention}.LayerNorm", [context, hidden])
         wide = self._linear(f"{prefix}.intermediate", hidden)
-        wide = self.writer.node("Gelu", [wide], f"{prefix}.gelu")
+        form = "tanh" if self.approximate_gelu else "none"
+        wide = self.writer.node("Gelu", [wide], f"{prefix}.gelu", approximate=form)
         return self._norm(f"{prefix}.output.LayerNorm", [self._linear(f"{prefix}.output", wide), hidden])
 
     def pooled(self, hidden: str, pooling: str) -> str:

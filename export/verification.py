@@ -65,6 +65,8 @@ class VerificationLimits:
         paired interval excludes 0.
     neighbour_logit_difference
         Largest difference between a text's logits alone and in company for a graph to be called batchable.
+    other_cpu_logit_difference
+        Largest difference of a logit on an emulated processor, where that is measured.
     latency_ratio
         Largest ratio of an int8 graph's median latency to its float twin's.
     """
@@ -75,6 +77,7 @@ class VerificationLimits:
     changed_decision_share: float = 0.01
     micro_f1_loss: float = 0.003
     neighbour_logit_difference: float = 1e-3
+    other_cpu_logit_difference: float = 0.02
     latency_ratio: float = 1.0
 
 
@@ -435,6 +438,12 @@ def judge(report: Mapping[str, Any], limits: VerificationLimits) -> list[str]:
     if "latency" in report and "float_latency" in report:
         ratio = report["latency"]["p50_ms"] / report["float_latency"]["p50_ms"]
         check("median latency against fp32", ratio, limits.latency_ratio)
+    if "other_cpu" in report:
+        check(
+            f"the largest logit difference on {report['other_cpu']['cpu']}",
+            report["other_cpu"]["max_logit_difference"],
+            limits.other_cpu_logit_difference,
+        )
     if not report.get("saturation", {"safe_without_vnni": True})["safe_without_vnni"]:
         failed.append(
             f"weights reach {report['saturation']['largest_weight']}, and beyond 64 they can saturate on processors "

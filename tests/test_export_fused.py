@@ -72,6 +72,24 @@ def test_every_state_follows_the_definition(pooling):
     assert seen == (8 if pooling == "mean" else 9)
 
 
+def test_approximate_gelu_is_within_its_bound():
+    checkpoint = make_checkpoint()
+    model = build_fused(
+        checkpoint.config,
+        checkpoint.weights,
+        pooling="mean",
+        max_length_tokens=48,
+        masked=False,
+        approximate_gelu=True,
+        expose_linear_inputs=True,
+    )
+    session = Session(model)
+    row = make_rows(40)[0]
+    value = session.run(["layer.0.gelu"], session.feeds(row[None]))[0][0]
+    difference = np.abs(value - reference_states(checkpoint, row)["layer.0.gelu"]).max()
+    assert 1e-4 < difference < 6e-4  # it is the other form, and at most 0.00048 away (and float32 rounding)
+
+
 def test_swapped_queries_and_keys_would_be_seen():
     checkpoint = make_checkpoint()
     rows = make_rows(9, 20)

@@ -162,6 +162,10 @@ def test_a_good_graph_passes():
         ({"micro_f1": 0.847}, "the loss of micro-F1 is 0.004, the limit is 0.003"),
         ({"latency": {"p50_ms": 2.6}}, "median latency against fp32 is 1.04, the limit is 1"),
         ({"saturation": {"safe_without_vnni": False, "largest_weight": 127}}, "weights reach 127"),
+        (
+            {"other_cpu": {"cpu": "Haswell", "max_logit_difference": 0.3}},
+            "the largest logit difference on Haswell is 0.3, the limit is 0.02",
+        ),
         ({"precision": "fp32"}, "the largest logit difference to Keras is 0.2, the limit is 0.001"),
     ],
 )
