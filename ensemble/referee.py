@@ -165,6 +165,7 @@ class Referee:
         self.metric, self.seed = metric, seed
         self.folds = [int(fold) for fold in np.unique(fold_ids)]
         self._weights: dict[tuple[str, int | None], npt.NDArray[np.float64]] = {}
+        self._calibrations: dict[tuple[str, int | None], tuple[Calibration, npt.NDArray[np.float32]]] = {}
         self._decisions: dict[Recipe, npt.NDArray[np.int8]] = {}
 
     @property
@@ -191,15 +192,14 @@ class Referee:
             return FittedRecipe(uniform_weights(n_members, n_labels), None, half)
         rows = self._rows(without_fold)
         weights = self._fit_weights(recipe.weights, without_fold)
-        logits, truth = average_logits(self.stack[:, rows], weights), self.y_true[rows]
-        calibration = fit_calibration(logits, truth)
-        probabilities = sigmoid(calibration.apply(logits))
+        truth = self.y_true[rows]
+        calibration, probabilities = self._calibrate(recipe.weights, without_fold)
         thresholds = plug_in_thresholds(probabilities, metric=self.metric)
         if recipe.thresholds == "searched":
             searched = search_shared_threshold(truth, probabilities, metric=self.metric)
             thresholds = np.full(n_labels, searched, np.float32)
         elif recipe.thresholds == "per_label":
-            # Rare labels lean on the searched threshold of all labels, under macro metrics on their own plug-in threshold.
+            # Rare labels lean on the searched threshold of all labels, under macro-F1 on their own plug-in threshold.
             towards = None if self.metric.kind == "micro" else thresholds
             thresholds = search_label_thresholds(truth, probabilities, metric=self.metric, towards=towards)
         return FittedRecipe(weights, calibration, thresholds)
@@ -293,6 +293,15 @@ class Referee:
 
     def _rows(self, without_fold: int | None) -> npt.NDArray[np.bool_]:
         return np.ones(len(self.fold_ids), bool) if without_fold is None else self.fold_ids != without_fold
+
+    def _calibrate(self, kind: str, without_fold: int | None) -> tuple[Calibration, npt.NDArray[np.float32]]:
+        """Calibrate the averages by one kind of weights; return also the probabilities of the rows it was fitted on."""
+        if (kind, without_fold) not in self._calibrations:
+            rows = self._rows(without_fold)
+            logits = average_logits(self.stack[:, rows], self._fit_weights(kind, without_fold))
+            calibration = fit_calibration(logits, self.y_true[rows])
+            self._calibrations[kind, without_fold] = calibration, sigmoid(calibration.apply(logits))
+        return self._calibrations[kind, without_fold]
 
     def _fit_weights(self, kind: str, without_fold: int | None) -> npt.NDArray[np.float64]:
         if (kind, without_fold) not in self._weights:

@@ -18,6 +18,8 @@ GREEDY_ROUNDS = 30
 BIN_LIMIT, BINS_PER_LOGIT = 8.0, 20
 N_BINS = int(2 * BIN_LIMIT * BINS_PER_LOGIT)
 
+CONTESTED_PER_POSITIVE, CONTESTED_ROWS = 5, 500
+
 SHARED_STRENGTH = 100.0
 LABEL_STRENGTH = 100.0
 MAX_ITERATIONS = 200
@@ -97,15 +99,15 @@ def greedy_weights(
     """
     _check(stack, y_true)
     n_members, _, n_labels = stack.shape
-    score = _GridScore(y_true, metric)
+    score = _GridScore(stack, y_true, metric)
     counts = np.zeros(n_members)
-    total = np.zeros(stack.shape[1:], np.float32)
+    total = np.zeros(score.n_cells, np.float32)
     best_score, best_counts = -1.0, counts
     for n_selected in range(1, n_rounds + 1):
-        scores = [score((total + member) / np.float32(n_selected)) for member in stack]
+        scores = [score((total + member) / np.float32(n_selected)) for member in score.members]
         chosen = int(np.argmax(scores))
         counts = counts + (np.arange(n_members) == chosen)
-        total += stack[chosen]
+        total += score.members[chosen]
         if scores[chosen] > best_score:
             best_score, best_counts = scores[chosen], counts
     shares: Float64Array = np.repeat((best_counts / best_counts.sum())[:, None], n_labels, axis=1)
@@ -128,14 +130,14 @@ def selection_order(stack: Float32Array, y_true: npt.NDArray[np.int8], metric: M
         Positions of all members, the best single one first.
     """
     _check(stack, y_true)
-    score = _GridScore(y_true, metric)
+    score = _GridScore(stack, y_true, metric)
     order: list[int] = []
-    total = np.zeros(stack.shape[1:], np.float32)
+    total = np.zeros(score.n_cells, np.float32)
     while len(order) < len(stack):
         left = [i for i in range(len(stack)) if i not in order]
-        scores = [score((total + stack[i]) / np.float32(len(order) + 1)) for i in left]
+        scores = [score((total + score.members[i]) / np.float32(len(order) + 1)) for i in left]
         order.append(left[int(np.argmax(scores))])
-        total += stack[order[-1]]
+        total += score.members[order[-1]]
     return order
 
 
@@ -216,18 +218,32 @@ def _fit_stack(
 
 
 class _GridScore:
-    """The best score that any shared threshold reaches, from histograms of the logits of positives and of all rows."""
+    """The best score that any shared threshold reaches, from histograms of the logits of positives and of all rows.
 
-    def __init__(self, y_true: npt.NDArray[np.int8], metric: Metric) -> None:
-        self.metric = metric
-        self.n_labels = y_true.shape[1]
-        self.offset = (np.arange(self.n_labels) * N_BINS).astype(np.int32)
-        self.positive = np.flatnonzero(y_true.reshape(-1))
+    Only contested cells are looked at: of each label the rows that some member scores highest, several times as many as
+    have the label. A threshold so low that it reaches other rows decides more than that many positive and cannot be
+    the best.
+    """
+
+    def __init__(self, stack: Float32Array, y_true: npt.NDArray[np.int8], metric: Metric) -> None:
+        _, n_rows, n_labels = stack.shape
+        self.metric, self.n_labels = metric, n_labels
         self.support = y_true.sum(axis=0, dtype=np.float64)
+        highest = stack.max(axis=0)
+        rows, labels = [], []
+        for label in range(n_labels):
+            n_kept = min(n_rows, CONTESTED_PER_POSITIVE * int(self.support[label]) + CONTESTED_ROWS)
+            rows.append(np.argpartition(-highest[:, label], n_kept - 1)[:n_kept])
+            labels.append(np.full(n_kept, label, np.int32))
+        row, label_of = np.concatenate(rows), np.concatenate(labels)
+        self.members = np.ascontiguousarray(stack[:, row, label_of])  # (n_members, n_cells)
+        self.n_cells = len(row)
+        self.offset = label_of * np.int32(N_BINS)
+        self.positive = np.flatnonzero(y_true[row, label_of])
 
     def __call__(self, logits: Float32Array) -> float:
         bins = np.clip((logits + np.float32(BIN_LIMIT)) * np.float32(BINS_PER_LOGIT), 0, N_BINS - 1).astype(np.int32)
-        cells = (bins + self.offset).reshape(-1)
+        cells = bins + self.offset
         size = self.n_labels * N_BINS
         # From the highest bin down: what is decided positive when the threshold is the bin's lower edge.
         predicted = np.bincount(cells, minlength=size).reshape(self.n_labels, N_BINS)[:, ::-1].cumsum(axis=1)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -130,13 +131,11 @@ def test_paired_difference_is_antisymmetric_and_narrower_than_unpaired() -> None
     assert not same.excludes_zero
 
 
-def test_large_data_takes_under_a_second() -> None:
-    import time
-
+def test_large_data_takes_seconds_not_minutes() -> None:
     true, better, worse = random_case(5, n_rows=25_000, n_labels=7)
-    start = time.perf_counter()
+    start = time.process_time()
     paired_bootstrap(true, better, worse)
-    assert time.perf_counter() - start < 5  # about 0.3 s; row by row it would be a minute
+    assert time.process_time() - start < 6  # about 1 s with 5,000 patterns; resampled row by row it would be a minute
 
 
 @pytest.mark.parametrize("metric", ["f1", "f_beta:", "f_beta:0", "f_beta:nan", "label:", "label:joy", "macro"])
