@@ -4,6 +4,7 @@ While training, the word table holds only the pieces that occur in the texts at 
 weights each step. The other rows keep their pretrained values, and the table that is returned is whole again.
 """
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,9 @@ def train_classifier(
                 model, [renumber[ids] for ids in rows], pad_token_id=pad_token_id, progress=progress
             )
     trained = replace(start, weights=_whole_weights(start.weights, get_weights(model, compact.config), used))
+    del model
     keras.backend.clear_session()
+    gc.collect()  # graphs and optimizer slots hang in reference cycles
     return trained, logits
 
 

@@ -303,15 +303,17 @@ def _prediction_function(model: keras.Model) -> Callable[[Any, Any], tf.Tensor]:
 
 
 def _prediction_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    order = np.argsort(lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, _PREDICT_TOKENS // int(lengths[order[start]]))
-        stop = min(len(order), start + size)
-        while stop - start > 1 and int(lengths[order[stop - 1]]) * (stop - start) > _PREDICT_TOKENS:
-            stop -= 1
-        yield order[start:stop]
-        start = stop
+    """Yield rows of like length: as many as fit a token budget, so that few different shapes occur.
+
+    Every new shape costs a compiled kernel that stays in memory; a length has one full batch size and one remainder.
+    """
+    padded = -(-lengths // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    order = np.argsort(padded, kind="stable")
+    ordered = padded[order]
+    for length in np.unique(ordered):
+        rows = order[np.searchsorted(ordered, length, "left") : np.searchsorted(ordered, length, "right")]
+        size = max(1, _PREDICT_TOKENS // int(length))
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _rate_factors(model: keras.Model, variables: Sequence[tf.Variable], layerwise_decay: float) -> list[float]:
