@@ -14,8 +14,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	if command -v $$p >/dev/null && $$p -c "$(SUPPORTED)" 2>/dev/null; then echo $$p; break; fi; done)
 
 BIN := $(VENV)/bin
-# Tests that need nothing but the base install: they run against the built wheel, with TensorFlow absent.
-BASE_TESTS := $(wildcard tests/test_runtime.py tests/test_tokenization.py tests/test_data.py tests/test_layers.py tests/test_base_install.py)
+# Tests of modules that need nothing but the base install: they run against the built wheel, with TensorFlow absent.
+BASE_TESTS := $(addprefix test_,$(addsuffix .py,check data folds layers metrics submission thresholds tokenization))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format lint types wheel peers bench clean
@@ -61,8 +61,12 @@ wheel: install
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist . >/dev/null
 	rm -rf build
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip install --quiet dist/*.whl pytest
-	cd tests && EMODISTILL_EXPECT_BASE=1 ../$(WHEEL_VENV)/bin/python -m pytest --quiet -p no:cacheprovider $(patsubst tests/%,%,$(BASE_TESTS))
+	$(WHEEL_VENV)/bin/python -m pip install --quiet dist/*.whl pytest hypothesis
+	cd tests && ../$(WHEEL_VENV)/bin/python -m pytest --quiet -p no:cacheprovider $(BASE_TESTS)
+	cd tests && ../$(BIN)/python -c "from pathlib import Path; from bundles import write_bundle; write_bundle(Path('../build/bundle'))"
+	@! $(WHEEL_VENV)/bin/python -c "import tensorflow" 2>/dev/null || { echo "the base install brings TensorFlow"; exit 1; }
+	$(WHEEL_VENV)/bin/emodistill predict --model build/bundle "thank you" | grep gratitude
+	rm -rf build
 
 peers: $(PEERS_VENV)/.installed ## Create .venv-peers: PyTorch, optimum-onnx, onnxruntime-node (files are exchanged, nothing is a dependency)
 

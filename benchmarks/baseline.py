@@ -62,9 +62,9 @@ class TfidfBaseline:
         folds = np.arange(len(texts)) % N_FOLDS if fold_ids is None else fold_ids
         held_out = np.empty(labels.shape)
         for fold in np.unique(folds):
-            seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-            model = cls._fit_once([texts[row] for row in seen], labels[seen])
-            held_out[unseen] = model.predict_proba([texts[row] for row in unseen])
+            inside = folds == fold
+            model = cls._fit_once([texts[row] for row in np.flatnonzero(~inside).tolist()], labels[~inside])
+            held_out[inside] = model.predict_proba([texts[row] for row in np.flatnonzero(inside).tolist()])
         return cls._fit_once(texts, labels, search_shared_threshold(labels, held_out))
 
     @classmethod

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -268,7 +268,7 @@ def _serve_ours(path: Path) -> None:
         seconds = perf_counter() - start
         return {"seconds": seconds, "probabilities": sigmoid(scores.logits).tolist()}
 
-    handlers = {
+    handlers: dict[str, Callable[..., Any]] = {
         "throughput": throughput,
         "default": lambda: default,
         "sizes": lambda: sizes,
