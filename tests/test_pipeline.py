@@ -21,18 +21,11 @@ from emodistill.artifacts import END_MARK_NAME, read_json
 from emodistill.cli import main
 from emodistill.cli.planning import Plan
 from emodistill.cli.run_folder import RunFolder
+from emodistill.ensemble.referee import RULES
 from emodistill.logits import read_member_logits, read_model_logits
 from emodistill.thresholds import decide, sigmoid
 
 MODELS = ("bert", "words", "ensemble", "tiny-fp32", "tiny-int8")
-RULES = (
-    "uniform",
-    "shared_plug_in",
-    "per_label_thresholds",
-    "greedy_weights",
-    "shared_weights",
-    "per_label_weights",
-)
 
 
 def call(*arguments: object) -> Result:
@@ -202,6 +195,11 @@ def test_inspecting_names_the_members_and_labels(finished: Path) -> None:
     assert all(name in text for name in (*LABEL_NAMES, "bert", "words"))
 
 
+def test_the_help_of_combine_names_every_rule() -> None:
+    words = call("combine", "--help").stdout.replace(".", " ").replace(",", " ").split()
+    assert set(RULES) <= set(words)
+
+
 # ---------------------------------------------------------------- again
 
 
@@ -304,6 +302,11 @@ def test_without_dev_the_scores_are_on_rows_that_no_model_saw(inputs: Path, tmp_
     report = read_json(final / "report/tradeoff.json")
     assert report["scored_on"] == "train rows that no model saw"
     assert any("the final members were trained on dev too" in note for note in report["notes"])
+    rows = {row["name"]: row for row in report["models"]}
+    assert list(rows) == ["all negative", "words", "ensemble"]  # a baseline that saw the rows has no score on them
+    assert rows["ensemble"]["micro_f1"] == pytest.approx(metrics["scores"]["out-of-fold"]["micro_f1"], abs=1e-6)
+    assert rows["words"]["n_rows"] == 80
+    assert rows["ensemble"]["size_bytes"] is None
 
 
 # ---------------------------------------------------------------- elsewhere

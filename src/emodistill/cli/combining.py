@@ -124,6 +124,8 @@ def _combine(run: RunFolder, members: Sequence[MemberPlan], fingerprint: str) ->
     )
     metrics = _ensemble_metrics(run, combined, variants, read_model_logits(part / "oof.npz"))
     write_json(part / "metrics.json", {**metrics, "dev_by_rule": rule_scores})
+    with (part / "cross_fitted.npz").open("wb") as handle:
+        np.savez_compressed(handle, rows=combined.cross_fitted_rows, decisions=combined.cross_fitted_decisions)
     with (part / "rules.npz").open("wb") as handle:
         np.savez_compressed(handle, **test_decisions)
     run.publish(

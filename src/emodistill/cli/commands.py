@@ -146,7 +146,7 @@ def combine(folder: Path, metric: str | None, rule: str | None, as_json: bool) -
     """Combine the members that are there, with weights and thresholds learned on out-of-fold rows alone.
 
     A step away from the plain average is kept only if the paired 95 % interval of its gain lies above 0. Rules, from
-    simple to less so: uniform, shared_plug_in, per_label_thresholds, greedy_weights, shared_weights,
+    simple to less so: uniform, shared_plug_in, shared_searched, per_label_thresholds, greedy_weights, shared_weights,
     per_label_weights. A variant that was trained on some folds only takes part; rows it did not predict are left out.
     Metric and rule are remembered: the next  emodistill run  keeps them.
     """

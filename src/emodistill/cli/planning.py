@@ -25,6 +25,8 @@ EXAMPLES_PER_SECOND = {"minilm-l6": 120.0, "mpnet-base": 19.0}
 PREDICTION_SPEEDUP = 3.0  # a forward pass alone
 TFIDF_SECONDS_PER_THOUSAND_ROWS = 2.5
 
+ENSEMBLE_LAYOUT = 2  # counts up when the files in the ensemble's folder change
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemberPlan:
@@ -174,6 +176,7 @@ class Plan:
         dev_labels = self.run.data.dev_labels
         return fingerprint(
             "ensemble",
+            ENSEMBLE_LAYOUT,
             asdict(self.run.settings.combine),
             [member.fingerprint for member in members],
             *([] if dev_labels is None else [dev_labels]),

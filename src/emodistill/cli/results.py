@@ -158,7 +158,7 @@ def _variant_model(run: RunFolder, name: str, logits: ModelLogits) -> Model:
         kind="member",
         logits=logits,
         thresholds=np.full(len(logits.label_names), threshold, np.float32),
-        size_bytes=sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None,
+        size_bytes=_total_size(files),
         note=f"average of {len(files)} folds; one threshold, {threshold:.2f}, from its out-of-fold rows",
     )
 
@@ -171,7 +171,7 @@ def _ensemble_model(plan: Plan, logits: ModelLogits) -> Model:
         kind="ensemble",
         logits=logits,  # calibrated when they were saved
         thresholds=np.array([thresholds["thresholds"][label] for label in logits.label_names], np.float32),
-        size_bytes=sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None,
+        size_bytes=_total_size(files),
         note=f"{len(plan.finished_members)} members, rule {thresholds['rule']}",
     )
 
@@ -191,6 +191,11 @@ def _student_model(run: RunFolder, student: str, graph: str, saved: Mapping[str,
         size_bytes=(bundle / graph).stat().st_size,
         note=f"{graph}, {entry['precision']}",
     )
+
+
+def _total_size(files: Sequence[Path]) -> int | None:
+    """Add up file sizes; None where there are no weights: TF-IDF members, and members reused from saved logits."""
+    return sum(file.stat().st_size for file in files) if files and all(file.is_file() for file in files) else None
 
 
 def _is_encoder(member: MemberPlan) -> bool:
@@ -248,8 +253,9 @@ def write_report(plan: Plan, students: Sequence[str], folder: Path, say: Say) ->
     run, data = plan.run, plan.run.data
     models = collect_models(plan, students)
     scored = _scored_rows(run, models)
-    say("fitting the TF-IDF baseline")
-    baseline = TfidfBaseline.fit(data.train_texts, data.train_labels, run.fold_ids)
+    if scored.is_dev:
+        say("fitting the TF-IDF baseline")
+    baseline = TfidfBaseline.fit(data.train_texts, data.train_labels, run.fold_ids) if scored.is_dev else None
     say("measuring latency, one text at a time")
     latency = _measure(plan, models, students, baseline, scored.texts)
     results = [
@@ -300,6 +306,7 @@ class _Scored:
     """The rows that models are scored on, and each model's decisions of them."""
 
     name: str
+    is_dev: bool
     texts: list[str]
     labels: NDArray[np.int8]
     decisions: dict[str, NDArray[np.int8]]
@@ -311,22 +318,34 @@ def _scored_rows(run: RunFolder, models: Sequence[Model]) -> _Scored:
     if data.dev_labels is not None and run.paths.dev is not None:
         return _Scored(
             name=run.paths.dev.name,
+            is_dev=True,
             texts=data.evaluation_texts["dev"],
             labels=data.dev_labels,
             decisions={model.name: model.decide(model.logits.averages["dev"]) for model in models},
             notes=[],
         )
+    with np.load(run.ensemble_folder / "cross_fitted.npz", allow_pickle=False) as saved:
+        cross_fitted = np.full(data.train_labels.shape, -1, np.int8)
+        if len(saved["decisions"]):
+            cross_fitted[saved["rows"]] = saved["decisions"]
     known = np.logical_and.reduce([np.isfinite(model.logits.oof).all(axis=1) for model in models])
-    rows = np.flatnonzero(known)
+    rows = np.flatnonzero(known & (cross_fitted >= 0).all(axis=1))
+    if not len(rows):
+        raise ArtifactError(
+            "there are no rows to score: give a dev file with --dev, or train members on two folds at least"
+        )
+    decisions = {model.name: model.decide(model.logits.oof[rows]) for model in models}
+    decisions[ENSEMBLE] = cross_fitted[rows]
     why = "the final members were trained on dev too" if run.settings.use_dev else "no dev file was given"
     return _Scored(
         name="train rows that no model saw",
+        is_dev=False,
         texts=[data.train_texts[row] for row in rows],
         labels=data.train_labels[rows],
-        decisions={model.name: model.decide(model.logits.oof[rows]) for model in models},
+        decisions=decisions,
         notes=[
-            f"{why}: scores are on {len(rows):,} train rows, members and ensemble out-of-fold; "
-            "thresholds were chosen with the help of these rows"
+            f"{why}: scores are on {len(rows):,} train rows, members out-of-fold, the ensemble cross-fitted; "
+            "the one threshold of each member and student was chosen with the help of these rows"
         ],
     )
 
@@ -335,22 +354,24 @@ def _baselines(baseline: "TfidfBaseline", scored: _Scored) -> Iterator[tuple[str
     from emodistill.benchmarks.baseline import all_negative
 
     yield "all negative", all_negative(*scored.labels.shape), None, "no label for any text"
+    if baseline is None:
+        return
     note = "words and pairs of words, logistic regression, one threshold from out-of-fold rows"
     yield TFIDF_BASELINE, baseline.decide(scored.texts), baseline.size_bytes, note
 
 
 def _measure(
-    plan: Plan, models: Sequence[Model], students: Sequence[str], baseline: "TfidfBaseline", texts: Sequence[str]
+    plan: Plan, models: Sequence[Model], students: Sequence[str], baseline: "TfidfBaseline | None", texts: Sequence[str]
 ) -> dict[str, "LatencyReport"]:
     """Measure the small models together on many texts, then the large ones on few."""
     from emodistill.benchmarks.latency import BundleModel, measure_latency
 
     settings = plan.run.settings.bench
-    small: dict[str, TextModel] = {TFIDF_BASELINE: baseline}
+    small: dict[str, TextModel] = {} if baseline is None else {TFIDF_BASELINE: baseline}
     for student in students:
         for graph, suffix in ((FLOAT_GRAPH, "fp32"), (FAST_GRAPH, "int8")):
             small[f"{student}-{suffix}"] = BundleModel(plan.run.bundle_folder(student), graph=graph)
-    measured = measure_latency(small, texts[: settings.n_texts], n_repeats=settings.n_repeats)
+    measured = {} if not small else measure_latency(small, texts[: settings.n_texts], n_repeats=settings.n_repeats)
     with tempfile.TemporaryDirectory() as scratch:
         large = _large_models(plan, models, Path(scratch))
         if large:
