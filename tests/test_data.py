@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from emodistill import data, formats
@@ -511,6 +511,7 @@ def _physical_lines(text: str) -> list[str]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80), suffix=st.sampled_from(["csv", "tsv", "jsonl"]))
+@example(content=b'"', suffix="tsv")  # a fault before there is a header
 def test_rubbish_gives_rows_or_an_input_error(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = write(tmp_path / f"x.{suffix}", (b"text,a\n" if suffix == "csv" else b"") + content)
     try:

@@ -295,6 +295,7 @@ class _DelimitedRows:
         self._lines = _Lines(stream)
         self._delimiter = "," if kind == "CSV" else "\t"
         self._reader = csv.reader(self._lines, delimiter=self._delimiter, strict=True)
+        self.columns: tuple[str, ...] = ()  # a fault of the header itself has no column to be reported under
         header = next((values for _, values in self._records()), None)
         if header is None:
             problems.raise_if_any(path)
