@@ -202,7 +202,7 @@ def fit(
     with log, progress_factory(description, len(token_ids) * config.epochs) as progress:
         for step, rows in _steps(lengths, config):
             if step < first_step:
-                progress.advance(len(rows))
+                progress.skip(len(rows))
                 continue
             ids, mask = pad_batch([token_ids[row] for row in rows], pad_token_id)
             rate = learning_rate_at(step, n_steps, config)

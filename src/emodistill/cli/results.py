@@ -350,7 +350,9 @@ def _scored_rows(run: RunFolder, models: Sequence[Model]) -> _Scored:
     )
 
 
-def _baselines(baseline: "TfidfBaseline", scored: _Scored) -> Iterator[tuple[str, NDArray[np.int8], int | None, str]]:
+def _baselines(
+    baseline: "TfidfBaseline | None", scored: _Scored
+) -> Iterator[tuple[str, NDArray[np.int8], int | None, str]]:
     from emodistill.benchmarks.baseline import all_negative
 
     yield "all negative", all_negative(*scored.labels.shape), None, "no label for any text"
