@@ -121,8 +121,8 @@ class StudentConfig:
 
 STUDENT_PRESETS = {
     "small": StudentConfig(name="small", layers=(0, 1, 2, 3, 4, 5), learning_rate=2e-4, epochs=4),
-    "tiny": StudentConfig(name="tiny"),
-    "nano": StudentConfig(name="nano", layers=(0, 1), embedding_size=128, epochs=8),
+    "tiny": StudentConfig(name="tiny", pooling="cls"),
+    "nano": StudentConfig(name="nano", layers=(0, 1), embedding_size=128, epochs=8, pooling="cls"),
 }
 
 
