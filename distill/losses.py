@@ -29,7 +29,8 @@ def soft_targets(teacher_logits: NDArray[np.float32], distillation_temperature: 
     if distillation_temperature <= 0:
         raise ConfigError(f"distillation_temperature = {distillation_temperature}: expected a number above 0")
     half = np.asarray(teacher_logits, np.float32) / (2 * distillation_temperature)
-    return (0.5 * (1 + np.tanh(half))).astype(np.float32)
+    targets: NDArray[np.float32] = (0.5 * (1 + np.tanh(half))).astype(np.float32)
+    return targets
 
 
 def probabilities_to_logits(probabilities: NDArray[np.floating]) -> NDArray[np.float32]:

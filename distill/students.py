@@ -226,11 +226,12 @@ def train_student(
         description=f"student {student.name}",
     )
     save_checkpoint(work_dir, trained)
+    saved_logits: dict[str, Any] = {name: values.astype(np.float16) for name, values in logits.items()}
     np.savez_compressed(
         work_dir / "logits.npz",
         held_out_rows=held_out.astype(np.int32),
         label_names=np.array(list(label_names)),
-        **{name: values.astype(np.float16) for name, values in logits.items()},
+        **saved_logits,
     )
 
 

@@ -80,10 +80,10 @@ def train_member(
         valid, evaluations = _fine_tune(
             variant,
             encoder_dir,
-            [texts[i] for i in np.flatnonzero(fold_ids != fold)],
+            [texts[i] for i in np.flatnonzero(fold_ids != fold).tolist()],
             labels[fold_ids != fold],
             label_names,
-            {"valid": [texts[i] for i in valid_rows], **evaluation_texts},
+            {"valid": [texts[i] for i in valid_rows.tolist()], **evaluation_texts},
             work_dir,
             fingerprint,
             progress_factory,

@@ -279,7 +279,8 @@ def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:
     except ImportError as error:
         raise MissingExtraError.for_extra("safetensors", "train") from error
     try:
-        return load_file(path)
+        arrays: dict[str, NDArray[Any]] = load_file(path)
+        return arrays
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{path} is missing: the folder is no encoder or checkpoint, or it was not written to its end"

@@ -206,7 +206,7 @@ class SeededDropout(keras.layers.Layer):
         return _dropout(x, self.rate, self.state) if training and self.rate else x
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"rate": self.rate}
+        return {**super().get_config(), "rate": self.rate}
 
 
 class WordEmbeddings(keras.layers.Layer):
@@ -223,7 +223,7 @@ class WordEmbeddings(keras.layers.Layer):
         return tf.gather(self.table, tf.reshape(input_ids, [-1]))
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": self.config}
+        return {**super().get_config(), "config": self.config}
 
 
 class PositionEmbeddings(keras.layers.Layer):
@@ -254,7 +254,7 @@ class PositionEmbeddings(keras.layers.Layer):
         return tf.reshape(rows, [-1, d])
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": self.config}
+        return {**super().get_config(), "config": self.config}
 
 
 class LayerNorm(keras.layers.Layer):
@@ -276,7 +276,7 @@ class LayerNorm(keras.layers.Layer):
         return centred * tf.math.rsqrt(variance + self.epsilon) * self.gamma + self.beta
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"epsilon": self.epsilon}
+        return {**super().get_config(), "epsilon": self.epsilon}
 
 
 def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
@@ -350,7 +350,7 @@ class AttentionBias(keras.layers.Layer):
         return bias
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"config": self.config}
+        return {**super().get_config(), "config": self.config}
 
 
 def _relative_buckets(length: tf.Tensor, n_buckets: int, max_distance: int = 128) -> tf.Tensor:
@@ -397,7 +397,7 @@ class Attention(keras.layers.Layer):
         return tf.reshape(tf.transpose(context, [0, 2, 1, 3]), [-1, d])
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"n_heads": self.n_heads, "dropout_rate": self.rate}
+        return {**super().get_config(), "n_heads": self.n_heads, "dropout_rate": self.rate}
 
 
 class Pooling(keras.layers.Layer):
@@ -416,7 +416,7 @@ class Pooling(keras.layers.Layer):
         return tf.reduce_sum(rows * weights, 1) / tf.reduce_sum(weights, 1)
 
     def get_config(self) -> dict[str, Any]:
-        return super().get_config() | {"pooling": self.pooling}
+        return {**super().get_config(), "pooling": self.pooling}
 
 
 def _normal() -> keras.initializers.Initializer:

@@ -199,7 +199,7 @@ def fit(
     log = _StepLog(work_dir / "metrics.jsonl", first_step)
     step_function = _step_function(model, loss, optimizer, config.seed, len(targets))
     saved_at = time.monotonic()
-    with log, progress_factory(description, len(token_ids) * config.epochs) as progress:
+    with log, progress_factory(description, len(token_ids) * config.epochs, "examples") as progress:
         for step, rows in _steps(lengths, config):
             if step < first_step:
                 progress.skip(len(rows))
@@ -299,7 +299,10 @@ def _step_function(model: keras.Model, loss: Loss, optimizer: AdamW, seed: int, 
 
 def _prediction_function(model: keras.Model) -> Callable[[Any, Any], tf.Tensor]:
     signature = [tf.TensorSpec((None, None), tf.int32), tf.TensorSpec((None, None), tf.int32)]
-    return tf.function(lambda ids, mask: model([ids, mask], training=False), input_signature=signature)
+    function: Callable[[Any, Any], tf.Tensor] = tf.function(
+        lambda ids, mask: model([ids, mask], training=False), input_signature=signature
+    )
+    return function
 
 
 def _prediction_batches(lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
