@@ -27,7 +27,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 import emodistill
-from emodistill.artifacts import file_sha256, part_folder, write_json
+from emodistill.artifacts import file_sha256, part_folder, read_json, write_json
 from emodistill.checkpoints import ModelCheckpoint, load_checkpoint
 from emodistill.errors import ConfigError, InputError, VerificationError
 from emodistill.export.fused import build_fused
@@ -53,7 +53,15 @@ from emodistill.export.verification import (
 from emodistill.thresholds import search_label_thresholds, search_shared_threshold, sigmoid
 from emodistill.tokenization import encode, load_tokenizer
 
-__all__ = ["BUNDLE_FORMAT", "FAST_PRECISIONS", "ExportSettings", "build_fast", "export_bundle", "write_bundle"]
+__all__ = [
+    "BUNDLE_FORMAT",
+    "FAST_PRECISIONS",
+    "ExportSettings",
+    "build_fast",
+    "export_bundle",
+    "write_bundle",
+    "write_minimal_bundle",
+]
 
 BUNDLE_FORMAT = 1
 FAST_PRECISIONS = ("int8-static", "int8-dynamic", "fp32")
@@ -304,6 +312,42 @@ def write_bundle(
     (folder / "README.md").write_text(_model_card(checkpoint, report, card or {}), encoding="utf-8")
     _write_manifest(folder)
     return report
+
+
+def write_minimal_bundle(bundle_dir: Path | str, target: Path | str) -> Path:
+    """Copy only what an application needs from a bundle: its default graph, the tokenizer and the JSON beside them.
+
+    Parameters
+    ----------
+    bundle_dir
+        A whole bundle.
+    target
+        New folder, written beside and renamed; an earlier one is replaced.
+
+    Returns
+    -------
+    Path
+        `target`. `emodistill.Classifier.load(target)` answers as the whole bundle does.
+
+    Raises
+    ------
+    ArtifactError
+        If `bundle_dir` is no bundle.
+    """
+    bundle_dir, target = Path(bundle_dir), Path(target)
+    description = read_json(bundle_dir / "emodistill.json")
+    default = description["default_graph"]
+    part = part_folder(target)
+    shutil.rmtree(part, ignore_errors=True)
+    (part / default).parent.mkdir(parents=True)
+    for name in (default, "config.json", "tokenizer.json"):
+        shutil.copyfile(bundle_dir / name, part / name)
+    write_json(part / "emodistill.json", description | {"graphs": {default: description["graphs"][default]}})
+    _write_manifest(part)
+    if target.is_dir():
+        shutil.rmtree(target)
+    part.rename(target)
+    return target
 
 
 # ---------------------------------------------------------------- graphs

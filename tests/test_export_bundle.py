@@ -14,7 +14,7 @@ pytest.importorskip("tf2onnx")
 
 from emodistill.checkpoints import load_checkpoint  # noqa: E402
 from emodistill.errors import ConfigError, InputError, VerificationError  # noqa: E402
-from emodistill.export.bundle import ExportSettings, build_fast, export_bundle  # noqa: E402
+from emodistill.export.bundle import ExportSettings, build_fast, export_bundle, write_minimal_bundle  # noqa: E402
 from emodistill.export.portable import KerasReference  # noqa: E402
 from emodistill.export.verification import VerificationLimits  # noqa: E402
 from emodistill.runtime import Classifier  # noqa: E402
@@ -275,3 +275,14 @@ def test_labels_keep_the_order_of_the_checkpoint(checkpoint_dir):
     model = build_fast(checkpoint, "fp32")
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     np.testing.assert_array_equal(stored["classifier.weight"], checkpoint.weights["classifier.weight"])
+
+
+def test_a_minimal_bundle_answers_as_the_whole_one(exported, tmp_path):
+    bundle_dir, _ = exported
+    small = write_minimal_bundle(bundle_dir, tmp_path / "app" / "model")
+    files = {path.relative_to(small).as_posix() for path in small.rglob("*") if path.is_file()}
+    default = json.loads((bundle_dir / "emodistill.json").read_text())["default_graph"]
+    assert files == {default, "config.json", "tokenizer.json", "emodistill.json", "manifest.json"}
+    np.testing.assert_array_equal(
+        Classifier.load(small).predict_proba(TEXTS[:9]), Classifier.load(bundle_dir).predict_proba(TEXTS[:9])
+    )

@@ -32,6 +32,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "emodistill.cli.commands:inspect",
         "predict": "emodistill.cli.predict:predict",
         "publish": "emodistill.cli.commands:publish",
+        "embed": "emodistill.cli.commands:embed",
         "encoder": "emodistill.cli.encoder:encoder",
     },
 }

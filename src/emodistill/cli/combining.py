@@ -12,7 +12,6 @@ from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
 from emodistill.logits import ModelLogits, read_model_logits, write_model_logits
 from emodistill.metrics import bootstrap_interval, f1_report, micro_f1, paired_bootstrap
-from emodistill.progress import Progress
 from emodistill.thresholds import cross_fit, decide, search_shared_threshold, sigmoid
 
 if TYPE_CHECKING:
@@ -69,20 +68,22 @@ def combination_inputs(variants: Mapping[str, ModelLogits]) -> "list[VariantLogi
 
 def _combine(run: RunFolder, members: Sequence[MemberPlan], fingerprint: str) -> None:
     from emodistill.ensemble import combination as stage
+    from emodistill.ensemble.referee import RULES
 
     data, settings = run.data, run.settings.combine
     variants = variant_logits(run, members)
     inputs = combination_inputs(variants)
     say(f"combining {len(variants)} variants, {len(members)} members, on {len(data.train_texts):,} rows")
-    combined = stage.combine(
+    combinations = stage.combine_by_rules(
         inputs,
         data.train_labels,
         run.fold_ids,
         data.label_names,
-        rule=settings.rule,
+        rules=tuple(dict.fromkeys((settings.rule, *RULES))),
         metric=settings.metric,
         seed=run.settings.seed,
     )
+    combined = combinations[settings.rule]
     evaluations = {
         name: combined.calibrated_logits(combined.apply({v: model.averages[name] for v, model in variants.items()}))
         for name in data.rows
@@ -96,7 +97,7 @@ def _combine(run: RunFolder, members: Sequence[MemberPlan], fingerprint: str) ->
         averages=evaluations,
         label_names=data.label_names,
     )
-    test_decisions, rule_scores = _by_rule(run, inputs, variants, combined)
+    test_decisions, rule_scores = _by_rule(run, variants, {rule: combinations[rule] for rule in RULES})
     part = start_piece(run.ensemble_folder, fingerprint)
     names = list(data.label_names)
     write_model_logits(part / "oof.npz", logits)
@@ -134,41 +135,22 @@ def _combine(run: RunFolder, members: Sequence[MemberPlan], fingerprint: str) ->
 
 
 def _by_rule(
-    run: RunFolder,
-    inputs: "Sequence[VariantLogits]",
-    variants: Mapping[str, ModelLogits],
-    combined: "Combination",
+    run: RunFolder, variants: Mapping[str, ModelLogits], combinations: "Mapping[str, Combination]"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what each rule decides on test, for its submission, and how it scores on dev, for the table only."""
-    from emodistill.ensemble.combination import combine as combine_by
-    from emodistill.ensemble.referee import RULES
-
-    data, settings = run.data, run.settings
+    data = run.data
     decisions, scores = {}, {}
-    with Progress("combining by each rule", len(RULES), "rules") as progress:
-        for rule in RULES:
-            one = combined
-            if rule != combined.rule:
-                one = combine_by(
-                    inputs,
-                    data.train_labels,
-                    run.fold_ids,
-                    data.label_names,
-                    rule=rule,
-                    metric=settings.combine.metric,
-                    seed=settings.seed,
-                )
-            decided = {
-                name: one.decide(one.apply({variant: model.averages[name] for variant, model in variants.items()}))
-                for name in ("dev", "test")
-                if name in data.rows
-            }
-            if "test" in decided:
-                decisions[rule] = decided["test"]
-            if data.dev_labels is not None:
-                report = f1_report(data.dev_labels, decided["dev"], data.label_names)
-                scores[rule] = {metric: report[metric] for metric in ("micro_f1", "macro_f1")}
-            progress.advance()
+    for rule, one in combinations.items():
+        decided = {
+            name: one.decide(one.apply({variant: model.averages[name] for variant, model in variants.items()}))
+            for name in ("dev", "test")
+            if name in data.rows
+        }
+        if "test" in decided:
+            decisions[rule] = decided["test"]
+        if data.dev_labels is not None:
+            report = f1_report(data.dev_labels, decided["dev"], data.label_names)
+            scores[rule] = {metric: report[metric] for metric in ("micro_f1", "macro_f1")}
     return decisions, scores
 
 

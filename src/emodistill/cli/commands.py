@@ -13,7 +13,7 @@ import click
 from emodistill.cli.settings import PRESETS, load_settings, parse_override, read_data_paths
 from emodistill.errors import ConfigError, EmodistillError
 
-__all__ = ["bench", "combine", "distill", "export", "inspect", "publish", "run", "submit", "train"]
+__all__ = ["bench", "combine", "distill", "embed", "export", "inspect", "publish", "run", "submit", "train"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -200,6 +200,22 @@ def publish(folder: Path, target: Path, as_json: bool) -> None:
     On a new machine  emodistill run ... --reuse DIR  rebuilds everything after training from them.
     """
     _run_stage(folder, "publish", as_json, target=target)
+
+
+@click.command(short_help="Copy what an app needs from a bundle: one graph, the tokenizer, JSON.")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("target", metavar="DIR", type=FOLDER)
+def embed(bundle: Path, target: Path) -> None:
+    """Copy the default graph of BUNDLE, its tokenizer and its JSON files to DIR, for shipping inside an application.
+
+    \b
+      emodistill embed runs/first/bundles/tiny app/model
+    """
+    from emodistill.export.bundle import write_minimal_bundle
+
+    write_minimal_bundle(bundle, target)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    click.echo(f"{target}: {size / 1e6:.1f} MB")
 
 
 @click.command(short_help="Look into a run: labels, errors, likely wrong labels, what each member adds.")
