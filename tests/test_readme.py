@@ -18,7 +18,8 @@ def test_the_quickstart_prints_what_the_readme_says():
     text = README.read_text(encoding="utf-8")
     code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```", text, re.DOTALL)
     output = re.search(r"<!-- quickstart output -->\n```\n(.*?)```", text, re.DOTALL)
-    assert code and output
+    assert code
+    assert output
     done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == output[1]
