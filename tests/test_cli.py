@@ -27,7 +27,12 @@ def call(*arguments: object) -> Result:
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "emodistill.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed_interrupts() -> None:  # a shell starts background jobs with SIGINT ignored, and that is inherited
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, preexec_fn=heed_interrupts, **pipes)
 
 
 def test_the_help_lists_every_command_and_shows_the_whole_job() -> None:
