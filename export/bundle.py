@@ -3,7 +3,7 @@
     onnx/model.onnx             portable, float32
     onnx/model_quantized.onnx   portable, int8 (scales at run time)
     onnx/model_fast.onnx        ONNX Runtime's CPU kernels, int8
-    config.json, tokenizer.json what Hugging Face's tools read
+    config.json, tokenizer.json, tokenizer_config.json  what Hugging Face's tools read, in Python and JavaScript
     emodistill.json             label names, thresholds, calibration, which graph is the default
     verification.json           what the gate measured
     README.md, manifest.json    model card; sha256 of every other file
@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 import emodistill
 from emodistill.artifacts import file_sha256, part_folder, read_json, write_json
@@ -264,6 +265,7 @@ def write_bundle(
     (folder / "onnx").mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(checkpoint_dir / name, folder / name)
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(checkpoint))
 
     tokenizer = load_tokenizer(checkpoint_dir)
     token_ids = encode(tokenizer, held_out_texts, checkpoint.max_length_tokens)
@@ -494,6 +496,22 @@ def _describe(checkpoint: ModelCheckpoint, default: str, graphs: Mapping[str, Ma
         "pad_token_id": checkpoint.config.pad_token_id,
         "default_graph": default,
         "graphs": {name: {key: entry[key] for key in kept} for name, entry in graphs.items()},
+    }
+
+
+def _tokenizer_config(checkpoint: ModelCheckpoint) -> dict[str, Any]:
+    """Name the special tokens as transformers wants them; they are those that tokenizer.json itself uses."""
+    tokenizer = Tokenizer.from_str(checkpoint.tokenizer_json)
+    first, last = tokenizer.encode("").tokens
+    unknown = json.loads(checkpoint.tokenizer_json)["model"].get("unk_token")
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": checkpoint.max_length_tokens,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "pad_token": tokenizer.id_to_token(checkpoint.config.pad_token_id),
+        "cls_token": first,
+        "sep_token": last,
+        **({"unk_token": unknown} if unknown else {}),
     }
 
 

@@ -80,6 +80,7 @@ def test_files_and_manifest(exported):
         "onnx/model_fast.onnx",
         "onnx/model_quantized.onnx",
         "tokenizer.json",
+        "tokenizer_config.json",
         "verification.json",
     }
     listed = json.loads((bundle_dir / "manifest.json").read_text())["files"]
