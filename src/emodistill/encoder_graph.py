@@ -258,7 +258,7 @@ class PositionEmbeddings(keras.layers.Layer):
 
 
 class LayerNorm(keras.layers.Layer):
-    """Layer normalization of rows in float32 (Ba et al., 2016, arXiv:1607.06450), its gradient in few passes."""
+    """Layer normalization of rows in float32 (Ba et al., 2016, arXiv:1607.06450)."""
 
     def __init__(self, epsilon: float, **kwargs: Any) -> None:
         super().__init__(dtype="float32", **kwargs)
@@ -268,34 +268,13 @@ class LayerNorm(keras.layers.Layer):
         self.gamma = self.add_weight(name="gamma", shape=(shape[-1],), initializer="ones")
         self.beta = self.add_weight(name="beta", shape=(shape[-1],), initializer="zeros")
 
-    def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        if training:
-            return _layer_norm(x, self.gamma, self.beta, self.epsilon)
+    def call(self, x: tf.Tensor) -> tf.Tensor:
         centred = x - tf.reduce_mean(x, -1, keepdims=True)
         variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
         return centred * tf.math.rsqrt(variance + self.epsilon) * self.gamma + self.beta
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}
-
-
-def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    @tf.custom_gradient
-    def normalize(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tuple[tf.Tensor, Any]:
-        centred = x - tf.reduce_mean(x, -1, keepdims=True)
-        scale = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), -1, keepdims=True) + epsilon)
-        normal = centred * scale
-
-        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            dy_normal = dy * normal
-            d_normal = dy * gamma
-            along = tf.reduce_mean(d_normal * normal, -1, keepdims=True)
-            dx = (d_normal - tf.reduce_mean(d_normal, -1, keepdims=True) - normal * along) * scale
-            return dx, tf.reduce_sum(dy_normal, 0), tf.reduce_sum(dy, 0)
-
-        return normal * gamma + beta, gradient
-
-    return normalize(x, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
 
 
 class Residual(keras.layers.Layer):
@@ -312,20 +291,9 @@ class Residual(keras.layers.Layer):
 class Gelu(keras.layers.Layer):
     """Exact gelu (Hendrycks and Gimpel, 2016, arXiv:1606.08415), written with erf: tf2onnx knows no erfc."""
 
-    def call(self, x: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        return _gelu(x) if training else 0.5 * x * (1.0 + tf.math.erf(x * tf.cast(math.sqrt(0.5), x.dtype)))
-
-
-@tf.custom_gradient
-def _gelu(x: tf.Tensor) -> tuple[tf.Tensor, Any]:
-    wide = tf.cast(x, tf.float32)
-    below = 0.5 * tf.math.erf(wide * math.sqrt(0.5)) + 0.5  # the normal distribution's share below x
-
-    def gradient(dy: tf.Tensor) -> tf.Tensor:
-        density = tf.exp(-0.5 * tf.square(wide)) * (1.0 / math.sqrt(2.0 * math.pi))
-        return tf.cast(tf.cast(dy, tf.float32) * (below + wide * density), x.dtype)
-
-    return tf.cast(wide * below, x.dtype), gradient
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        wide = tf.cast(x, tf.float32)
+        return tf.cast(0.5 * wide * (1.0 + tf.math.erf(wide * math.sqrt(0.5))), x.dtype)
 
 
 class AttentionBias(keras.layers.Layer):

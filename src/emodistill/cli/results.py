@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emodistill.artifacts import read_json, write_bytes, write_json
-from emodistill.checkpoints import ModelCheckpoint, load_checkpoint
+from emodistill.checkpoints import load_checkpoint
 from emodistill.cli.members import variant_logits
 from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
@@ -383,12 +383,15 @@ def _measure(
 
 
 def _large_models(plan: Plan, models: Sequence[Model], scratch: Path) -> dict[str, "TextModel"]:
-    """Export one member per encoder variant as portable float32: its folds differ in their weights only.
+    """Export one member per encoder variant as a fast float32 graph: its folds differ in their weights only.
 
     A variant answers with all its folds, the ensemble with all its encoder members; TF-IDF members, which take a
     fraction of a millisecond, keep no model to be timed. Members reused from saved logits have no weights.
     """
+    import onnx
+
     from emodistill.benchmarks.latency import GraphModel, ModelChain
+    from emodistill.export.bundle import build_fast
 
     folders: dict[str, Path] = {}
     counts: dict[str, int] = {}
@@ -402,18 +405,12 @@ def _large_models(plan: Plan, models: Sequence[Model], scratch: Path) -> dict[st
     for name, folder in folders.items():
         path = scratch / f"{name}.onnx"
         checkpoint = load_checkpoint(folder)
-        _write_portable(checkpoint, path)
+        onnx.save(build_fast(checkpoint, "fp32"), path)
         graphs[name] = GraphModel(path, folder, max_length_tokens=checkpoint.max_length_tokens)
     chains: dict[str, TextModel] = {name: ModelChain([model] * counts[name]) for name, model in graphs.items()}
     if chains and graphs.keys() == counts.keys():
         chains[ENSEMBLE] = ModelChain([model for name, model in graphs.items() for _ in range(counts[name])])
     return chains
-
-
-def _write_portable(checkpoint: ModelCheckpoint, path: Path) -> None:
-    from emodistill.export.portable import KerasReference, write_portable
-
-    write_portable(KerasReference(checkpoint), path)
 
 
 def _referee_step(step: Mapping[str, Any]) -> "RefereeStep":
