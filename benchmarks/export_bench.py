@@ -264,7 +264,7 @@ def _serve_ours(path: Path) -> None:
         classifier = Classifier.load(bundle, graph=name, threads=threads)
         classifier.score(texts[:32])
         start = perf_counter()
-        scores = classifier.score(texts[:n_texts])
+        scores = classifier.score(spec["throughput_texts"][:n_texts])
         seconds = perf_counter() - start
         return {"seconds": seconds, "probabilities": sigmoid(scores.logits).tolist()}
 
@@ -327,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "checkpoint": given.checkpoint.absolute(),
             "bundle": given.bundle.absolute(),
             "texts": chosen,
+            "throughput_texts": texts[: given.throughput_texts],
             "train": given.train.absolute() if given.train else None,
             "threads": 1,
             "max_length_tokens": load_checkpoint(given.checkpoint).max_length_tokens,
@@ -337,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             peers_python=given.peers_python.absolute() if given.peers_python else None,
             n_rounds=given.rounds,
             n_warmup=given.warmup,
-            n_throughput_texts=given.throughput_texts,
+            n_throughput_texts=min(given.throughput_texts, len(texts)),
         )
     report = {"machine": machine_record(threads=1), "texts": {"file": given.texts.name, "n": len(chosen)}, **report}
     _print_table(report)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from emodistill.errors import ConfigError, EncoderError, InputError
 
@@ -123,9 +123,9 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], max_length_tokens: int) -
         if not isinstance(text, str):
             raise InputError(f"texts[{i}] is a {type(text).__name__}, not a string: convert or leave out such rows")
     try:
-        encodings = tokenizer.encode_batch_fast(list(texts))
+        encodings = _encodings(tokenizer, texts)
     except (TypeError, UnicodeEncodeError):  # no UTF-8 for half a surrogate pair
-        encodings = tokenizer.encode_batch_fast([_without_half_surrogates(text) for text in texts])
+        encodings = _encodings(tokenizer, [_without_half_surrogates(text) for text in texts])
     return [_cut(encoding.ids, max_length_tokens) for encoding in encodings]
 
 
@@ -181,6 +181,13 @@ def shrink_vocabulary(tokenizer_json: str, keep_ids: Iterable[int]) -> tuple[str
     _renumber_post_processor(spec.get("post_processor"), new_id)
     spec["padding"] = spec["truncation"] = None
     return json.dumps(spec, ensure_ascii=False), old_ids
+
+
+def _encodings(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    """Encode one text in this thread: waking the tokenizer's pool for it can take longer than the text."""
+    if len(texts) == 1:
+        return [tokenizer.encode(texts[0])]
+    return list(tokenizer.encode_batch_fast(list(texts)))
 
 
 def _cut(ids: list[int], max_length_tokens: int) -> NDArray[np.int32]:
