@@ -23,5 +23,4 @@ def test_the_quickstart_prints_what_the_readme_says():
     done = subprocess.run([sys.executable, "-c", code[1]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == output[1]
-    for label in ("admiration", "gratitude", "love"):
-        assert label in done.stdout.splitlines()[0]
+    assert len(done.stdout.splitlines()) == 8  # the decision, and a probability for each of seven labels
