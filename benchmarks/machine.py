@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["describe_machine", "machine_record", "shown_command"]
+__all__ = ["describe_machine", "machine_record", "peak_memory_bytes", "shown_command"]
 
 # Flags that decide how fast int8 and bf16 arithmetic runs, x86 and Arm.
 FLAGS_THAT_MATTER = (
@@ -63,6 +63,23 @@ def machine_record(*, threads: int, command: Sequence[str] | None = None) -> dic
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shown_command() if command is None else shlex.join(command),
     }
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident memory of this process so far.
+
+    Where /proc tells it, not from `getrusage`: that one counts what the parent process held when it started this one.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_machine(record: dict[str, Any]) -> str:

@@ -32,13 +32,13 @@ good idea people never read article before they comment just saying what about o
 finished glad over now can go home eat something warm sleep
 """
 MEASURE = """
-import json, resource, sys
+import json, sys
+from emodistill.benchmarks.machine import peak_memory_bytes
 from emodistill.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"peak_memory_mib": peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)}))
+    print(json.dumps({"peak_memory_mib": peak_memory_bytes() / 2**20}))
 """
 
 

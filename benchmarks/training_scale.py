@@ -9,7 +9,6 @@ fold. For the length axis, texts are strung together until each has the stated n
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from emodistill.artifacts import write_json
-from emodistill.benchmarks.machine import describe_machine, machine_record
+from emodistill.benchmarks.machine import describe_machine, machine_record, peak_memory_bytes
 from emodistill.data import read_dataset
 from emodistill.encoders import resolve_encoder
 from emodistill.ensemble.members import train_member
@@ -82,13 +81,12 @@ def measure_point(train: Path, n_rows: int, length_tokens: int | None, n_members
                 work_dir=Path(folder),
             )
             seconds.append(round(perf_counter() - started, 1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "rows": n_rows,
         "length_tokens": length_tokens,
         "members": n_members,
         "seconds": seconds,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

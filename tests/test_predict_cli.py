@@ -244,12 +244,13 @@ def test_a_file_that_shrinks_meanwhile_leaves_no_output(bundle, tmp_path, monkey
 
 
 MEASURE = """
-import resource, sys
+import sys
+from emodistill.benchmarks.machine import peak_memory_bytes
 from emodistill.cli import main
 try:
     main(sys.argv[1:])
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    print(peak_memory_bytes() // 1024, file=sys.stderr)
 """
 
 
@@ -257,8 +258,7 @@ def peak_kib(bundle: Path, given: Path, out: Path, *options: str) -> int:
     arguments = ["predict", "--model", str(bundle), "--input", str(given), "--output", str(out), *options]
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    peak = int(done.stderr.splitlines()[-1])
-    return peak // 1024 if sys.platform == "darwin" else peak
+    return int(done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
