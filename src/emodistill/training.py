@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -390,10 +390,3 @@ class _StepLog:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-
-
-def training_fingerprint_parts(config: TrainingConfig) -> dict[str, Any]:
-    """Return the settings that decide on a fit's numbers (not how often it is saved)."""
-    parts = asdict(config)
-    del parts["checkpoint_minutes"]
-    return parts
