@@ -386,6 +386,18 @@ def test_two_processes_agree_and_another_seed_differs(finished: Path, inputs: Pa
     assert not np.array_equal(a.evaluations["test"], c.evaluations["test"])
 
 
+def test_members_trained_side_by_side_are_those_of_one_by_one(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "side"
+    call("train", run, "--config", inputs / "run.toml", "--set", "training_processes=2")
+    for fold in (0, 1):
+        for name in ("bert", "words"):
+            member = f"members/{name}-fold{fold}/logits.npz"
+            expected, found = read_member_logits(finished / member), read_member_logits(run / member)
+            np.testing.assert_allclose(found.valid, expected.valid, atol=2e-3)
+    seconds = read_json(run / "run.json")["seconds"]
+    assert {"bert fold 0", "bert fold 1", "words fold 0", "words fold 1"} <= set(seconds)
+
+
 def test_a_killed_run_ends_with_the_numbers_of_an_unbroken_one(finished: Path, inputs: Path, tmp_path: Path) -> None:
     run = tmp_path / "killed"
     command = [sys.executable, "-m", "emodistill.cli", "train", run, "--config", inputs / "run.toml"]

@@ -59,6 +59,8 @@ class Progress:
         Where lines go, by default the standard error stream.
     clock : callable, optional
         Returns seconds; a test passes its own.
+    in_place : bool
+        Whether a terminal's line may be redrawn; several processes that share one write lines.
 
     Examples
     --------
@@ -75,6 +77,7 @@ class Progress:
         stream: TextIO | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        in_place: bool = True,
     ) -> None:
         self.description = description
         self.total = total
@@ -83,7 +86,7 @@ class Progress:
         self._skipped = 0
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_terminal = bool(getattr(self._stream, "isatty", lambda: False)())
+        self._is_terminal = in_place and bool(getattr(self._stream, "isatty", lambda: False)())
         self._started_s = clock()
         self._last_written_s: float | None = None
         self._samples = [(self._started_s, 0)]  # (time, units done), no older than the speed window

@@ -1,6 +1,7 @@
 """The stage `train`: members that are missing, stale or damaged are trained, or taken from saved logits that match."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from emodistill.artifacts import piece_state, start_piece
 from emodistill.cli.console import Outcome, load_training_libraries, say, what_now
 from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
+from emodistill.cli.side_by_side import WORTH_A_PROCESS_S, memory_need_bytes, processes_for, train_side_by_side
 from emodistill.cli.tables import format_table
 from emodistill.encoders import resolve_encoder
 from emodistill.errors import ArtifactError, EmodistillError
@@ -22,7 +24,7 @@ from emodistill.logits import (
     write_member_logits,
 )
 from emodistill.metrics import micro_f1
-from emodistill.progress import Progress, format_duration
+from emodistill.progress import Progress, ProgressFactory, format_duration
 from emodistill.thresholds import decide, sigmoid
 
 __all__ = ["plain_f1", "reusable_members", "train", "variant_logits"]
@@ -38,41 +40,65 @@ def train(run: RunFolder, *, only: Sequence[str] = (), folds: Sequence[int] = ()
     waiting = [member for member in members if not member.state.is_done]
     if waiting:
         load_training_libraries()
-    for position, member in enumerate(waiting):
-        found = member.state
-        if found.state != "missing":
-            say(f"{member.name}: {found.reason}, {what_now(found)}")
-        say(f"member {position + 1} of {len(waiting)}: {member.name}")
-        _train_one(run, member)
+    for member in waiting:
+        if member.state.state != "missing":
+            say(f"{member.name}: {member.state.reason}, {what_now(member.state)}")
+    n_processes = _n_processes(run, plan, waiting)
+    if n_processes > 1:
+        say(f"{len(waiting)} members to train, {n_processes} side by side")
+        train_side_by_side([m.name for m in waiting], n_processes, partial(_train_in_process, run.path), run.timed)
+    else:
+        for position, member in enumerate(waiting):
+            say(f"member {position + 1} of {len(waiting)}: {member.name}")
+            with run.timed(member.name):
+                _train_one(run, member)
     rows = [_member_row(run, member) for member in members]
     header = ("member", "oof micro-F1", "dev micro-F1", "time")
     text = format_table(header, [_text_row(row) for row in rows])
     return Outcome(f"{text}\n(at threshold 0.5)", {"members": rows, "trained": len(waiting)})
 
 
-def _train_one(run: RunFolder, member: MemberPlan) -> None:
+def _n_processes(run: RunFolder, plan: Plan, members: Sequence[MemberPlan]) -> int:
+    """Return how many members to train at a time: the setting, or what cores and memory allow."""
+    wanted = run.settings.training_processes
+    if wanted is not None:
+        return min(wanted, len(members))
+    import tensorflow as tf
+
+    long_ones = [m for m in members if (plan.member_seconds(m) or 0.0) > WORTH_A_PROCESS_S]
+    if len(long_ones) < 2 or tf.config.list_physical_devices("GPU"):  # a member fills a GPU
+        return 1
+    return processes_for([memory_need_bytes("" if m.variant.kind == "tfidf" else m.variant.encoder) for m in members])
+
+
+def _train_in_process(run_path: Path, name: str) -> None:
+    """Train one member in a process of its own; run.json is left to the process that started this one."""
+    run = RunFolder.open(run_path)
+    member = next(member for member in Plan.checked(run).members if member.name == name)
+    load_training_libraries()
+    _train_one(run, member, partial(Progress, in_place=False))
+
+
+def _train_one(run: RunFolder, member: MemberPlan, progress_factory: ProgressFactory = Progress) -> None:
     from emodistill.ensemble.members import train_member
 
     data = run.data
     encoder_dir = None if member.variant.kind == "tfidf" else resolve_encoder(member.variant.encoder)
     work_dir = start_piece(member.folder, member.fingerprint)
-    with run.timed(member.name):
-        train_member(
-            member.variant,
-            member.fold,
-            encoder_dir=encoder_dir,
-            texts=data.train_texts,
-            labels=data.train_labels,
-            fold_ids=run.fold_ids,
-            label_names=data.label_names,
-            evaluation_texts=data.evaluation_texts,
-            work_dir=work_dir,
-            fingerprint=member.fingerprint,
-            progress_factory=Progress,
-        )
-        run.publish(
-            member.folder, member.fingerprint, {"variant": member.variant.fingerprint_parts(), "fold": member.fold}
-        )
+    train_member(
+        member.variant,
+        member.fold,
+        encoder_dir=encoder_dir,
+        texts=data.train_texts,
+        labels=data.train_labels,
+        fold_ids=run.fold_ids,
+        label_names=data.label_names,
+        evaluation_texts=data.evaluation_texts,
+        work_dir=work_dir,
+        fingerprint=member.fingerprint,
+        progress_factory=progress_factory,
+    )
+    run.publish(member.folder, member.fingerprint, {"variant": member.variant.fingerprint_parts(), "fold": member.fold})
 
 
 def variant_logits(run: RunFolder, members: Sequence[MemberPlan]) -> dict[str, ModelLogits]:

@@ -208,7 +208,7 @@ class Plan:
 
     def stages(self) -> list[StagePlan]:
         """Return every piece with its state and about how long it takes to make."""
-        rows = [self._row("train", member.name, member.state, self._member_seconds(member)) for member in self.members]
+        rows = [self._row("train", member.name, member.state, self.member_seconds(member)) for member in self.members]
         ensemble = self.ensemble_fingerprint(self.members)
         rows.append(self._row("combine", "ensemble", piece_state(self.run.ensemble_folder, ensemble), 60.0))
         bundles = []
@@ -248,7 +248,8 @@ class Plan:
         n_layers = KNOWN_ENCODERS[student.encoder].n_layers
         return n_rows * student.epochs / speed * len(student.layers) / n_layers
 
-    def _member_seconds(self, member: MemberPlan) -> float | None:
+    def member_seconds(self, member: MemberPlan) -> float | None:
+        """Estimate how long the training of a member takes, from its siblings or the rows; None when unknown."""
         data, n_folds = self.run.data, self.run.settings.n_folds
         of_same_variant: list[float] = [
             seconds for name, seconds in self.run.seconds.items() if name.rpartition(" fold ")[0] == member.variant.name

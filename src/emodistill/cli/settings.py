@@ -158,6 +158,7 @@ class RunSettings:
     students: tuple[Mapping[str, Any], ...] = ()
     ship: str = ""
     use_dev: bool = False  # final members see train + dev; then no dev score
+    training_processes: int | None = None  # members trained side by side; None: what cores and memory allow
     combine: CombineSettings = field(default_factory=CombineSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     bench: BenchSettings = field(default_factory=BenchSettings)
@@ -167,6 +168,8 @@ class RunSettings:
             raise ConfigError(f"seed is {self.seed!r}: give a whole number from 0 on")
         if not 2 <= self.n_folds <= MAX_FOLDS:
             raise ConfigError(f"n_folds is {self.n_folds}: give a number from 2 to {MAX_FOLDS}")
+        if self.training_processes is not None and self.training_processes < 1:
+            raise ConfigError(f"training_processes is {self.training_processes}: give a number from 1 on")
         _check_names("variants", self.variants)
         _check_names("students", self.students)
         if not self.variants:
