@@ -246,9 +246,10 @@ def _fit(spec: Mapping[str, Any], precision: str, turns: _Turns) -> None:
 def _serve_ours(path: Path) -> None:
     import tensorflow as tf
 
+    from emodistill.training import use_cores
+
     spec = json.loads(path.read_text(encoding="utf-8"))
-    tf.config.threading.set_intra_op_parallelism_threads(spec["threads"])
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    use_cores(spec["threads"])
     fits = {name: _Turns(spec, precision) for name, precision in OUR_RECIPES.items()}
 
     def train(name: str, first: int, last: int) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from models import random_weights, tiny_checkpoint, tiny_config
 tf = pytest.importorskip("tensorflow")
 
 from emodistill.classifier_training import train_classifier  # noqa: E402
-from emodistill.encoder_graph import build_classifier, set_weights  # noqa: E402
+from emodistill.encoder_graph import build_classifier, set_dropout_state, set_weights  # noqa: E402
 from emodistill.errors import ConfigError, TrainingError  # noqa: E402
 from emodistill.losses import binary_cross_entropy  # noqa: E402
 from emodistill.training import (  # noqa: E402
@@ -21,6 +21,8 @@ from emodistill.training import (  # noqa: E402
     pad_batch,
     predict_logits,
 )
+
+DROPOUTS = ("dropout_rate", "attention_dropout_rate", "classifier_dropout_rate")
 
 
 def test_the_learning_rate_rises_and_falls_linearly():
@@ -175,6 +177,39 @@ def test_a_damaged_or_foreign_checkpoint_is_not_used(tmp_path):
         path = tmp_path / name / "checkpoint.safetensors"
         path.write_bytes(damage(path.read_bytes()))
         np.testing.assert_allclose(fitted(tmp_path / name), whole, atol=1e-6)
+
+
+def fitted_in_parts(tmp_path, monkeypatch, n_cores, *, n_rows, dropout_rate):
+    monkeypatch.setattr("emodistill.training._cores_side_by_side", lambda: n_cores)
+    shape = tiny_config()
+    model = build_classifier(shape, 2, **dict.fromkeys(DROPOUTS, dropout_rate))
+    set_weights(model, shape, random_weights(shape, 2))
+    ids, targets = rows_of(n_rows)
+    config = TrainingConfig(epochs=2, batch_size=24, learning_rate=1e-3)
+    fit(
+        model, ids, [targets], binary_cross_entropy, config,
+        pad_token_id=0, work_dir=tmp_path / f"{n_cores}", fingerprint="f",
+    )  # fmt: skip
+    return predict_logits(model, ids, pad_token_id=0)
+
+
+def test_a_batch_in_parts_gives_the_update_of_the_whole_batch(tmp_path, monkeypatch):
+    # 49 rows in batches of 24: the last batch is a single row, fewer than the parts; the others are split in 8 + 8 + 8.
+    whole, parts = (fitted_in_parts(tmp_path, monkeypatch, n, n_rows=49, dropout_rate=0.0) for n in (1, 3))
+    np.testing.assert_allclose(parts, whole, atol=2e-5)
+
+
+def test_parts_of_a_batch_draw_different_masks(tmp_path):
+    model = build_classifier(tiny_config(), 2)
+    states = []
+    for part in (0, 1, 0):
+        set_dropout_state(model, 3, 7, part=part)
+        states.append(
+            [layer.state.numpy().tolist() for layer in model.layers if getattr(layer, "state", None) is not None]
+        )
+    assert states[0] == states[2]
+    seen = [tuple(state) for state in states[0] + states[1]]
+    assert len(set(seen)) == len(seen)
 
 
 def test_another_seed_gives_other_numbers(tmp_path):

@@ -20,6 +20,7 @@ from emodistill.errors import ConfigError, EncoderError
 __all__ = ["PRECISIONS", "build_classifier", "get_weights", "hidden_state_names", "set_dropout_state", "set_weights"]
 
 PRECISIONS = ("bfloat16", "float32")
+_LAYERS_PER_PART = 100_003  # numbers of the layers with dropout in the next part of a batch begin here
 
 
 def build_classifier(
@@ -103,9 +104,9 @@ def hidden_state_names(config: EncoderConfig) -> list[str]:
     return ["embeddings_norm", *(f"layer_{i}_output_norm" for i in range(config.n_layers))]
 
 
-def set_dropout_state(model: keras.Model, seed: int | tf.Tensor, step: int | tf.Tensor) -> None:
-    """Make the next masks a function of (seed, step, layer) alone, so that a resumed run draws the same ones."""
-    for index, layer in enumerate(_dropout_layers(model)):
+def set_dropout_state(model: keras.Model, seed: int | tf.Tensor, step: int | tf.Tensor, part: int = 0) -> None:
+    """Make the next masks a function of (seed, step, part, layer) alone, so that a resumed run draws the same ones."""
+    for index, layer in enumerate(_dropout_layers(model), start=part * _LAYERS_PER_PART):
         layer.state.assign(tf.stack([tf.cast(seed, tf.int32) * 1009 + index, tf.cast(step, tf.int32)]))
 
 

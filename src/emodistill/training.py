@@ -1,8 +1,12 @@
 """Fine-tuning of a classifier with AdamW on length-bucketed batches, resumable to the same numbers.
 
-Everything random is a function of (seed, epoch) or (seed, step), so that a killed run goes on as if nothing had
+Everything random is a function of (seed, epoch) or (seed, step, part), so that a killed run goes on as if nothing had
 happened. The number of epochs is fixed and the last weights are kept: nothing is ever selected on held-out rows.
 AdamW follows Loshchilov and Hutter (2017, arXiv:1711.05101); the learning rate warms up and decays linearly.
+
+A batch is split into as many parts as `use_cores` allows; each part's forward and backward pass is one core's work, and
+their gradients are added. Threads that share one small matrix product wait for each other at each of hundreds of steps;
+parts meet once, at the update.
 """
 
 import json
@@ -10,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +30,25 @@ from emodistill.encoder_graph import set_dropout_state
 from emodistill.errors import ConfigError, TrainingError
 from emodistill.progress import Progress, ProgressFactory
 
-__all__ = ["AdamW", "Loss", "TrainingConfig", "epoch_batches", "fit", "learning_rate_at", "pad_batch", "predict_logits"]
+__all__ = [
+    "AdamW",
+    "Loss",
+    "TrainingConfig",
+    "epoch_batches",
+    "fit",
+    "learning_rate_at",
+    "pad_batch",
+    "predict_logits",
+    "use_cores",
+]
 
 Loss = Callable[..., tf.Tensor]
 
 _BUCKET_BATCHES = 50  # batches that are sorted by length together: short enough to keep epochs random
 _LENGTH_MULTIPLE = 4  # rows are padded to a multiple, so that few shapes occur
 _PREDICT_TOKENS = 4096  # tokens of one prediction batch
+_PART_ROWS = 8  # least rows of a part of a batch: smaller products no longer fill a core
+_MOST_PARTS = 4  # of a batch; further cores share the work of a part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +100,21 @@ class TrainingConfig:
         for name, fine in checks.items():
             if not fine:
                 raise ConfigError(f"{name} = {getattr(self, name)} is out of range: see TrainingConfig")
+
+
+def use_cores(n_cores: int) -> None:
+    """Let this process train on so many cores, in parts of batches side by side; call it before TensorFlow works.
+
+    Where TensorFlow has begun, or its threads were set by TF_NUM_INTRAOP_THREADS, nothing changes.
+    """
+    if "TF_NUM_INTRAOP_THREADS" in os.environ:
+        return
+    n_parts = max(1, min(n_cores, _MOST_PARTS))
+    try:
+        tf.config.threading.set_inter_op_parallelism_threads(n_parts)
+        tf.config.threading.set_intra_op_parallelism_threads(max(1, n_cores // n_parts))
+    except RuntimeError:  # it has begun
+        pass
 
 
 class AdamW:
@@ -197,16 +229,20 @@ def fit(
     checkpoint = _Checkpoint(work_dir / "checkpoint.safetensors", optimizer, fingerprint)
     first_step = checkpoint.restore()
     log = _StepLog(work_dir / "metrics.jsonl", first_step)
-    step_function = _step_function(model, loss, optimizer, config.seed, len(targets))
+    step_function = _step_function(model, loss, optimizer, config.seed)
+    n_parts = max(1, min(_cores_side_by_side(), config.batch_size // _PART_ROWS))
     saved_at = time.monotonic()
     with log, progress_factory(description, len(token_ids) * config.epochs, "examples") as progress:
         for step, rows in _steps(lengths, config):
             if step < first_step:
                 progress.skip(len(rows))
                 continue
-            ids, mask = pad_batch([token_ids[row] for row in rows], pad_token_id)
+            parts = [
+                (*pad_batch([token_ids[row] for row in part], pad_token_id), *(t[part] for t in targets))
+                for part in np.array_split(rows, min(n_parts, len(rows)))
+            ]
             rate = learning_rate_at(step, n_steps, config)
-            value, norm = step_function(ids, mask, np.float32(rate), np.int32(step), *(t[rows] for t in targets))
+            value, norm = step_function(parts, rate, step)
             loss_value = float(value)
             if not math.isfinite(loss_value):
                 raise TrainingError(
@@ -231,11 +267,16 @@ def predict_logits(
     logits = np.empty((len(token_ids), n_labels), dtype=np.float32)
     lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
     predict = _prediction_function(model)
-    for rows in _prediction_batches(lengths):
+
+    def predict_batch(rows: NDArray[np.int64]) -> int:
         ids, mask = pad_batch([token_ids[row] for row in rows], pad_token_id)
         logits[rows] = predict(ids, mask).numpy()
-        if progress is not None:
-            progress.advance(len(rows))
+        return len(rows)
+
+    with ThreadPoolExecutor(_cores_side_by_side()) as pool:
+        for n_rows in pool.map(predict_batch, _prediction_batches(lengths)):
+            if progress is not None:
+                progress.advance(n_rows)
     return logits
 
 
@@ -280,21 +321,30 @@ def _steps(lengths: NDArray[np.int64], config: TrainingConfig) -> Iterator[tuple
             step += 1
 
 
-def _step_function(model: keras.Model, loss: Loss, optimizer: AdamW, seed: int, n_targets: int) -> Callable[..., Any]:
+def _step_function(model: keras.Model, loss: Loss, optimizer: AdamW, seed: int) -> Callable[..., Any]:
+    """Make the update from a batch in parts: (ids, mask, *targets) each; returns loss and norm of the gradient."""
+
     @tf.function(reduce_retracing=True)
-    def step_function(
-        ids: tf.Tensor, mask: tf.Tensor, rate: tf.Tensor, step: tf.Tensor, *targets: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        set_dropout_state(model, seed, step)
+    def update(parts: list[tuple[tf.Tensor, ...]], rate: tf.Tensor, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        sizes = [tf.cast(tf.shape(ids)[0], tf.float32) for ids, *_ in parts]
         with tf.GradientTape() as tape:
-            value = loss(model([ids, mask], training=True), *targets)
+            losses = []
+            for number, (ids, mask, *targets) in enumerate(parts):
+                set_dropout_state(model, seed, step, part=number)
+                losses.append(loss(model([ids, mask], training=True), *targets))
+            value = tf.add_n([size * part for size, part in zip(sizes, losses, strict=True)]) / tf.add_n(sizes)
         norm = optimizer.apply(tape.gradient(value, optimizer.variables), rate, step)
         return value, norm
 
-    def call(ids: Any, mask: Any, rate: Any, step: Any, *targets: Any) -> Any:
-        return step_function(*(tf.convert_to_tensor(x) for x in (ids, mask, rate, step, *targets)))
+    def call(parts: list[tuple[Any, ...]], rate: float, step: int) -> Any:
+        tensors = [tuple(tf.convert_to_tensor(array) for array in part) for part in parts]
+        return update(tensors, tf.constant(rate, tf.float32), tf.constant(step, tf.int32))
 
     return call
+
+
+def _cores_side_by_side() -> int:
+    return int(tf.config.threading.get_inter_op_parallelism_threads()) or 1
 
 
 def _prediction_function(model: keras.Model) -> Callable[[Any, Any], tf.Tensor]:

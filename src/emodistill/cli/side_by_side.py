@@ -1,8 +1,7 @@
 """Members trained side by side, each in a process of its own with its share of the cores.
 
-One member leaves a part of every core idle: between the matrix products of a batch of 32 short texts lie many small
-steps, and threads wait for each other at each. Two members on one core each together train 1.4 times the rows of one
-member on two cores. (Measured; see benchmarks/LOG.md.)
+A member in parts (see `training.use_cores`) still meets at every update, and its parts are small. Two members on one core
+each together train 1.1 to 1.2 times the rows of one member on two cores; with more cores than parts the gain grows.
 """
 
 import multiprocessing
