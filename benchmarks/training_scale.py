@@ -24,6 +24,8 @@ from emodistill.data import read_dataset
 from emodistill.encoders import resolve_encoder
 from emodistill.ensemble.members import train_member
 from emodistill.ensemble.variants import VariantConfig
+from emodistill.runtime import usable_cores
+from emodistill.training import use_cores
 
 __all__ = ["measure_point"]
 
@@ -54,6 +56,7 @@ def measure_point(train: Path, n_rows: int, length_tokens: int | None, n_members
     dict
         Seconds of each member and the peak memory of the process in bytes.
     """
+    use_cores(usable_cores())
     dataset = read_dataset(train)
     assert dataset.labels is not None
     texts = dataset.texts[:n_rows]
@@ -119,7 +122,7 @@ def _main() -> None:
         memory = result["peak_memory_bytes"] / 1e9
         print(f"{result['rows']:>7,}  {tokens:>6}  {result['members']:>7}  {seconds:<18}  {memory:.2f} GB", flush=True)
     if arguments.out:
-        record = machine_record(threads=2)
+        record = machine_record(threads=usable_cores())
         print(describe_machine(record))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.out, {"machine": record, "points": results})
