@@ -1,7 +1,7 @@
 """Members trained side by side, each in a process of its own with its share of the cores.
 
-A member in parts (see `training.use_cores`) still meets at every update, and its parts are small. Two members on one core
-each together train 1.1 to 1.2 times the rows of one member on two cores; with more cores than parts the gain grows.
+A member in parts (see `training.use_cores`) still meets at every update, and its parts are small. Two members on one
+core each together train 1.1 to 1.2 times the rows of one member on two cores; with more cores than parts it gains more.
 """
 
 import multiprocessing
