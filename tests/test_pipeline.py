@@ -277,11 +277,22 @@ def test_members_can_be_trained_one_by_one_and_combined_so_far(inputs: Path, tmp
     call("train", run, "--only", "words", "--folds", "1")
     assert states(run) | {"words fold 1": "done", "words fold 0": "missing"} == states(run)
     result = call("combine", run)
-    assert "words fold 0 is not there (not made yet): combining without it" in result.stderr
+    assert "combining without words fold 0: not made yet" in result.stderr
     oof = read_model_logits(run / "ensemble/oof.npz")
     known = np.isfinite(oof.oof).all(axis=1)
     np.testing.assert_array_equal(known, oof.fold_ids == 1)
     assert "30 train rows have no out-of-fold prediction" in refused("distill", run)
+
+
+def test_a_variant_waits_for_its_second_fold(inputs: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    call("train", run, "--config", inputs / "run.toml", "--only", "words")
+    call("train", run, "--only", "bert", "--folds", "0")
+    result = call("combine", run)
+    assert "combining without bert fold 0: its variant has no second fold yet" in result.stderr
+    assert "combining without bert fold 1: not made yet" in result.stderr
+    assert read_json(run / "ensemble/combination.json")["member_names"] == ["words"]
+    assert np.isfinite(read_model_logits(run / "ensemble/oof.npz").oof).all()
 
 
 def refused_after_begin(run: Path, *config: object) -> str:

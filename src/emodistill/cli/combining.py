@@ -30,7 +30,8 @@ def combine(run: RunFolder) -> Outcome:
     members = plan.need_members()
     for member in plan.members:
         if member not in members:
-            say(f"{member.name} is not there ({member.state.reason}): combining without it")
+            reason = "its variant has no second fold yet" if member.state.is_done else member.state.reason
+            say(f"combining without {member.name}: {reason}")
     fingerprint = plan.ensemble_fingerprint(members)
     if not piece_state(run.ensemble_folder, fingerprint).is_done:
         run.save()

@@ -133,7 +133,7 @@ def inspect(run: RunFolder) -> Outcome:
     plan = Plan.checked(run)
     plan.need_ensemble()
     report = inspect_ensemble(
-        combination_inputs(variant_logits(run, plan.finished_members)),
+        combination_inputs(variant_logits(run, plan.combined_members)),
         run.data.train_labels,
         run.fold_ids,
         Combination.from_json(read_json(run.ensemble_folder / "combination.json")),

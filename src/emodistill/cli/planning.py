@@ -1,5 +1,6 @@
 """What a run consists of, what is there already, and about how long the rest takes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -154,11 +155,16 @@ class Plan:
         """The members that are there, whole and fresh, when this is first asked."""
         return [member for member in self.members if member.state.is_done]
 
+    @cached_property
+    def combined_members(self) -> list[MemberPlan]:
+        """The finished members that the ensemble is made of."""
+        return _with_a_second_fold(self.finished_members)
+
     def need_members(self) -> list[MemberPlan]:
-        """Return the finished members; refuse when there are none."""
-        if not self.finished_members:
+        """Return the members of the ensemble; refuse when there are none."""
+        if not self.combined_members:
             raise ArtifactError(f"{self.run.path} has no finished member: run  emodistill train {self.run.path}  first")
-        return self.finished_members
+        return self.combined_members
 
     def need_ensemble(self) -> str:
         """Return the fingerprint of the ensemble of the finished members; refuse when it is missing or stale."""
@@ -196,8 +202,9 @@ class Plan:
         return fingerprint("report", asdict(self.run.settings.bench), ensemble, list(bundles))
 
     def logits_fingerprint(self, ensemble: str, bundles: Sequence[str]) -> str:
-        """Name the saved logits."""
-        return fingerprint("logits", ensemble, list(bundles))
+        """Name the saved logits: those of all finished members, of the ensemble and of the students."""
+        members = [member.fingerprint for member in self.finished_members]
+        return fingerprint("logits", members, ensemble, list(bundles))
 
     def submissions_fingerprint(self, ensemble: str, bundles: Sequence[str]) -> str:
         """Name the submissions; the test file's further columns are part of them."""
@@ -209,7 +216,7 @@ class Plan:
     def stages(self) -> list[StagePlan]:
         """Return every piece with its state and about how long it takes to make."""
         rows = [self._row("train", member.name, member.state, self.member_seconds(member)) for member in self.members]
-        ensemble = self.ensemble_fingerprint(self.members)
+        ensemble = self.ensemble_fingerprint(_with_a_second_fold(self.members))
         rows.append(self._row("combine", "ensemble", piece_state(self.run.ensemble_folder, ensemble), 60.0))
         bundles = []
         for student in self.students:
@@ -272,6 +279,16 @@ class Plan:
     @staticmethod
     def _encoder_of(variant: "VariantConfig") -> str:
         return "" if variant.kind == "tfidf" else encoder_identity(variant.encoder)
+
+
+def _with_a_second_fold(members: Sequence[MemberPlan]) -> list[MemberPlan]:
+    """Leave out variants of a single fold where others have more.
+
+    Combining is judged on the rows that all predicted, by other folds than those it was fitted on.
+    """
+    n_folds = Counter(member.variant.name for member in members)
+    needed = min(2, max(n_folds.values(), default=0))
+    return [member for member in members if n_folds[member.variant.name] >= needed]
 
 
 def encoder_identity(encoder: str) -> str:

@@ -165,14 +165,14 @@ def _variant_model(run: RunFolder, name: str, logits: ModelLogits) -> Model:
 
 def _ensemble_model(plan: Plan, logits: ModelLogits) -> Model:
     thresholds = read_json(plan.run.ensemble_folder / "thresholds.json")
-    files = [member.folder / "weights.safetensors" for member in plan.finished_members if _is_encoder(member)]
+    files = [member.folder / "weights.safetensors" for member in plan.combined_members if _is_encoder(member)]
     return Model(
         name=ENSEMBLE,
         kind="ensemble",
         logits=logits,  # calibrated when they were saved
         thresholds=np.array([thresholds["thresholds"][label] for label in logits.label_names], np.float32),
         size_bytes=_total_size(files),
-        note=f"{len(plan.finished_members)} members, rule {thresholds['rule']}",
+        note=f"{len(plan.combined_members)} members, rule {thresholds['rule']}",
     )
 
 
@@ -409,7 +409,8 @@ def _large_models(plan: Plan, models: Sequence[Model], scratch: Path) -> dict[st
         graphs[name] = GraphModel(path, folder, max_length_tokens=checkpoint.max_length_tokens)
     chains: dict[str, TextModel] = {name: ModelChain([model] * counts[name]) for name, model in graphs.items()}
     if chains and graphs.keys() == counts.keys():
-        chains[ENSEMBLE] = ModelChain([model for name, model in graphs.items() for _ in range(counts[name])])
+        combined = [member.variant.name for member in plan.combined_members if _is_encoder(member)]
+        chains[ENSEMBLE] = ModelChain([graphs[name] for name in combined])
     return chains
 
 
