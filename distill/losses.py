@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from emodistill.errors import ConfigError
 from emodistill.losses import binary_cross_entropy
 
-__all__ = ["distillation_loss", "probabilities_to_logits", "soft_targets"]
-
-_SMALLEST = 1e-6
+__all__ = ["distillation_loss", "soft_targets"]
 
 
 def soft_targets(teacher_logits: NDArray[np.float32], distillation_temperature: float) -> NDArray[np.float32]:
@@ -31,15 +29,6 @@ def soft_targets(teacher_logits: NDArray[np.float32], distillation_temperature: 
     half = np.asarray(teacher_logits, np.float32) / (2 * distillation_temperature)
     targets: NDArray[np.float32] = (0.5 * (1 + np.tanh(half))).astype(np.float32)
     return targets
-
-
-def probabilities_to_logits(probabilities: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return finite logits of probabilities, so that a teacher that saved those alone can be softened, too.
-
-    Values are clipped to [1e-6, 1 - 1e-6]: a probability of exactly 1 becomes the logit 13.8, not infinity.
-    """
-    clipped = np.clip(np.asarray(probabilities, np.float64), _SMALLEST, 1 - _SMALLEST)
-    return np.log(clipped / (1 - clipped)).astype(np.float32)
 
 
 def distillation_loss(

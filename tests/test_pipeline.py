@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from tiny_runs import LABEL_NAMES, write_inputs, write_rows
+from tiny_runs import LABEL_NAMES, WORDS, write_inputs, write_rows
 
 from emodistill import Classifier
 from emodistill.artifacts import END_MARK_NAME, read_json
@@ -282,6 +282,36 @@ def test_members_can_be_trained_one_by_one_and_combined_so_far(inputs: Path, tmp
     known = np.isfinite(oof.oof).all(axis=1)
     np.testing.assert_array_equal(known, oof.fold_ids == 1)
     assert "30 train rows have no out-of-fold prediction" in refused("distill", run)
+
+
+def write_teacher(path: Path, inputs: Path, *names: str) -> Path:
+    """Write a teacher that knows the words: logit 3 where one of a label's words occurs, else -3."""
+    with path.open("w") as handle:
+        handle.write(f"text,{','.join(LABEL_NAMES)}\n")
+        for name in names:
+            with (inputs / name).open(newline="") as rows:
+                for text in dict.fromkeys(row["text"] for row in csv.DictReader(rows)):
+                    knows = [any(word in text.split() for word in WORDS[label]) for label in LABEL_NAMES]
+                    handle.write(f"{text},{','.join('3.0' if known else '-3.0' for known in knows)}\n")
+    return path
+
+
+def test_students_learn_from_anybodys_logits(inputs: Path, tmp_path: Path) -> None:
+    run, teacher = tmp_path / "run", write_teacher(tmp_path / "teacher.csv", inputs, "train.csv", "unlabeled.csv")
+    result = call("distill", run, "--config", inputs / "run.toml", "--teacher-logits", teacher)
+    assert "teacher: teacher.csv, 60 train rows and 10 of unlabeled text" in result.stderr
+    assert (run / "students/tiny/weights.safetensors").is_file()
+    before = times(run)
+    call("distill", run)  # it is remembered, and nothing is left to do
+    assert times(run) == before
+    call("export", run)
+    assert "the logits in teacher.csv" in (run / "bundles/tiny/README.md").read_text()
+    assert "no finished member" in refused("distill", run, "--teacher-logits", "ensemble")
+    lacking = write_teacher(tmp_path / "lacking.csv", inputs, "unlabeled.csv")
+    sentence = refused("distill", run, "--teacher-logits", lacking)
+    assert "of the 60 train rows; the first that it lacks is row 1, text" in sentence
+    teacher.unlink()
+    assert "is gone: put it back" in refused("export", run)
 
 
 def test_a_variant_waits_for_its_second_fold(inputs: Path, tmp_path: Path) -> None:

@@ -159,10 +159,38 @@ def combine(folder: Path, metric: str | None, rule: str | None, as_json: bool) -
 @click.command(short_help="Teach students to answer like the ensemble.")
 @RUN_ARGUMENT
 @click.option("--only", metavar="STUDENTS", help="Comma-separated names; by default all.")
+@click.option("--teacher-logits", metavar="FILE", help="Learn from these in place of the run's ensemble.")
+@click.option(
+    "--teacher-scale",
+    type=click.Choice(["logits", "probabilities"]),
+    default="logits",
+    show_default=True,
+    help="What the numbers of the teacher's file are.",
+)
+@_data_options
 @_json_option
-def distill(folder: Path, only: str | None, as_json: bool) -> None:
-    """Train the students of a run on the ensemble's out-of-fold predictions and on unlabeled text."""
-    _run_stage(folder, "distill", as_json, only=_names(only))
+def distill(
+    folder: Path, only: str | None, teacher_logits: str | None, teacher_scale: str, as_json: bool, **options: Any
+) -> None:
+    """Train the students of a run on the ensemble's out-of-fold predictions and on unlabeled text.
+
+    \b
+      emodistill distill runs/first --only tiny
+      emodistill distill runs/other --train T.csv --unlabeled U.csv --teacher-logits teacher.parquet
+
+    A teacher's file may come from any framework: CSV, TSV, JSONL or Parquet with a column id or text and one column per
+    label, or npz with arrays logits, ids (or texts) and label_names. It must know every train row, best by a model that
+    was not trained on it; unlabeled rows that it does not know are left out. The run remembers it;
+    --teacher-logits ensemble goes back to the run's own.
+    """
+    from emodistill.cli import pipeline
+
+    started = _begin(folder, **options)
+    with _working_on(folder):
+        _show(
+            pipeline.distill(started, only=_names(only), teacher_logits=teacher_logits, teacher_scale=teacher_scale),
+            as_json,
+        )
 
 
 @click.command(short_help="Write students as verified ONNX bundles.")

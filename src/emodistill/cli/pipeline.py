@@ -156,10 +156,10 @@ def _save_logits(plan: Plan) -> tuple[str, dict[str, str]]:
 
 def _finished_bundles(plan: Plan) -> dict[str, str]:
     """Return name and fingerprint of the bundles that are there, whole and fresh; say which are not."""
-    ensemble = plan.need_ensemble()
+    teacher = plan.need_teacher()
     finished = {}
     for student in plan.students:
-        fingerprint = plan.bundle_fingerprint(plan.student_fingerprint(student, ensemble))
+        fingerprint = plan.bundle_fingerprint(plan.student_fingerprint(student, teacher))
         found = piece_state(plan.run.bundle_folder(student.name), fingerprint)
         if found.is_done:
             finished[student.name] = fingerprint

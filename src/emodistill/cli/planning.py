@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from emodistill.artifacts import Piece, file_sha256, fingerprint, piece_state
 from emodistill.cli.run_folder import RunFolder
 from emodistill.encoders import KNOWN_ENCODERS
-from emodistill.errors import ArtifactError, ConfigError
+from emodistill.errors import ArtifactError, ConfigError, InputError
 from emodistill.metrics import parse_metric
 
 if TYPE_CHECKING:
@@ -177,6 +177,23 @@ class Plan:
             )
         return wanted
 
+    def need_teacher(self) -> str:
+        """Return the fingerprint of what teaches the students: a file that was named for it, or the ensemble."""
+        teacher = self.run.teacher_file
+        if teacher is None:
+            return self.need_ensemble()
+        path, scale = teacher
+        if not path.is_file():
+            raise InputError(
+                f"the teacher's file {path} of this run is gone: put it back, name another with "
+                f"emodistill distill {self.run.path} --teacher-logits FILE, or go back to the ensemble with "
+                "--teacher-logits ensemble"
+            )
+        data = self.run.data
+        return fingerprint(
+            "teacher", file_sha256(path), scale, data.train_fingerprint, data.rows_fingerprint, sorted(data.ids)
+        )
+
     def ensemble_fingerprint(self, members: Sequence[MemberPlan]) -> str:
         """Name the ensemble of some members under the settings of this run."""
         dev_labels = self.run.data.dev_labels
@@ -188,10 +205,10 @@ class Plan:
             *([] if dev_labels is None else [dev_labels]),
         )
 
-    def student_fingerprint(self, student: "StudentConfig", ensemble: str) -> str:
-        """Name a student of an ensemble."""
+    def student_fingerprint(self, student: "StudentConfig", teacher: str) -> str:
+        """Name a student of an ensemble or another teacher."""
         own = {**student.fingerprint_parts(), "encoder": encoder_identity(student.encoder)}
-        return fingerprint("student", own, ensemble)
+        return fingerprint("student", own, teacher)
 
     def bundle_fingerprint(self, student: str) -> str:
         """Name the bundle of a student, given the student's fingerprint."""
@@ -218,9 +235,10 @@ class Plan:
         rows = [self._row("train", member.name, member.state, self.member_seconds(member)) for member in self.members]
         ensemble = self.ensemble_fingerprint(_with_a_second_fold(self.members))
         rows.append(self._row("combine", "ensemble", piece_state(self.run.ensemble_folder, ensemble), 60.0))
+        teacher = ensemble if self.run.teacher_file is None else self.need_teacher()
         bundles = []
         for student in self.students:
-            own = self.student_fingerprint(student, ensemble)
+            own = self.student_fingerprint(student, teacher)
             bundles.append(self.bundle_fingerprint(own))
             student_state = piece_state(self.run.student_folder(student.name), own)
             rows.append(self._row("distill", f"student {student.name}", student_state, self._student_seconds(student)))

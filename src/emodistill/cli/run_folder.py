@@ -70,6 +70,8 @@ class RunData:
         Only ever scored.
     test : Dataset or None
         For the submission; its label columns are placeholders and are not read.
+    ids : dict of str to list of str
+        The column `id` of "train" and "unlabeled", where their files have one.
     """
 
     label_names: tuple[str, ...]
@@ -78,6 +80,7 @@ class RunData:
     evaluation_texts: dict[str, list[str]]
     dev_labels: NDArray[np.int8] | None
     test: Dataset | None
+    ids: dict[str, list[str]]
 
     @classmethod
     def read(cls, paths: DataPaths, *, use_dev: bool) -> Self:
@@ -93,13 +96,14 @@ class RunData:
         if not names:
             raise InputError(f"{paths.train} has no label columns: add one 0/1 column per label beside 'text'")
         assert train.labels is not None
-        texts, labels = list(train.texts), train.labels
+        texts, labels, ids = list(train.texts), train.labels, train.ids
         dev = None if paths.dev is None else read_dataset(paths.dev, label_names=names)
         test = None if paths.test is None else read_dataset(paths.test, label_names=names, require_labels=False)
         unlabeled = None if paths.unlabeled is None else read_texts(paths.unlabeled)
         if use_dev:
             if dev is None or dev.labels is None:
                 raise ConfigError("use_dev needs the labelled dev file: add --dev FILE")
+            ids = None if ids is None or dev.ids is None else ids + dev.ids
             texts, labels, dev = texts + list(dev.texts), np.concatenate([labels, dev.labels]), None
         given = {"dev": dev, "test": test, "unlabeled": unlabeled}
         return cls(
@@ -109,6 +113,11 @@ class RunData:
             evaluation_texts={name: list(file.texts) for name, file in given.items() if file is not None},
             dev_labels=None if dev is None else dev.labels,
             test=test,
+            ids={
+                name: values
+                for name, values in (("train", ids), ("unlabeled", unlabeled and unlabeled.ids))
+                if values is not None
+            },
         )
 
     @cached_property
@@ -169,6 +178,7 @@ class RunFolder:
                 name: {"path": str(file.resolve()), "fingerprint": file_fingerprint(file)}
                 for name, file in paths.items()
             },
+            "teacher": old.get("teacher"),
             "reuse": [str(folder.resolve()) for folder in reuse] if reuse else old.get("reuse", []),
             "seconds": old.get("seconds", {}),
             "seconds_of_attempts": old.get("seconds_of_attempts", {}),
@@ -262,6 +272,16 @@ class RunFolder:
     def reuse_folders(self) -> list[Path]:
         """Results or run folders whose members may stand for this run's."""
         return [Path(folder) for folder in self._record["reuse"]]
+
+    @property
+    def teacher_file(self) -> tuple[Path, str] | None:
+        """The file that teaches the students in place of the ensemble, and the scale of its numbers."""
+        entry = self._record.get("teacher")
+        return None if entry is None else (Path(entry["path"]), entry["scale"])
+
+    @teacher_file.setter
+    def teacher_file(self, value: tuple[Path, str] | None) -> None:
+        self._record["teacher"] = value and {"path": str(value[0].resolve()), "scale": value[1]}
 
     @property
     def data_record(self) -> Mapping[str, Any]:

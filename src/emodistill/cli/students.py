@@ -1,9 +1,12 @@
 """The stages `distill` and `export`: students that answer like the ensemble, and their bundles."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from emodistill.artifacts import piece_state, read_json, start_piece
 from emodistill.cli.console import Outcome, load_training_libraries, say, what_now
@@ -12,32 +15,50 @@ from emodistill.cli.planning import Plan
 from emodistill.cli.run_folder import RunFolder
 from emodistill.cli.tables import format_table
 from emodistill.encoders import resolve_encoder
-from emodistill.errors import ArtifactError, ConfigError
+from emodistill.errors import ArtifactError, ConfigError, InputError
 from emodistill.logits import read_model_logits
 from emodistill.progress import Progress, format_duration
+from emodistill.teacher import read_teacher_logits
 
 if TYPE_CHECKING:
     from emodistill.distill.students import StudentConfig
 
-__all__ = ["distill", "export"]
+__all__ = ["ENSEMBLE_TEACHER", "distill", "export"]
+
+ENSEMBLE_TEACHER = "ensemble"  # what --teacher-logits says to go back to the run's own
 
 
-def distill(run: RunFolder, *, only: Sequence[str] = ()) -> Outcome:
-    """Train the students that are missing or stale on what the ensemble says."""
+@dataclass(frozen=True, kw_only=True)
+class _Teacher:
+    """What the students of a run learn from.
+
+    Attributes
+    ----------
+    fingerprint : str
+    soft_logits : float32 array of shape (n_train, n_labels)
+    transfer_texts : list of str
+    transfer_logits : float32 array of shape (n_transfer, n_labels)
+    """
+
+    fingerprint: str
+    soft_logits: NDArray[np.float32]
+    transfer_texts: list[str]
+    transfer_logits: NDArray[np.float32]
+
+
+def distill(
+    run: RunFolder, *, only: Sequence[str] = (), teacher_logits: str | None = None, teacher_scale: str = "logits"
+) -> Outcome:
+    """Train the students that are missing or stale on what the ensemble, or a file of logits, says."""
     from emodistill.distill.students import train_student
 
     plan = Plan.checked(run)
-    ensemble = plan.need_ensemble()
-    teacher = read_model_logits(run.ensemble_folder / "oof.npz")
-    n_unknown = int((~np.isfinite(teacher.oof)).any(axis=1).sum())
-    if n_unknown:
-        raise ArtifactError(
-            f"{n_unknown:,} train rows have no out-of-fold prediction, so no soft targets: "
-            f"train at least one variant on all folds with  emodistill train {run.path}"
-        )
+    if teacher_logits is not None:
+        run.teacher_file = None if teacher_logits == ENSEMBLE_TEACHER else (Path(teacher_logits), teacher_scale)
+    teacher = _ensemble_teacher(plan) if run.teacher_file is None else _file_teacher(plan, *run.teacher_file)
     data, rows = run.data, []
     for student in select_students(plan, only):
-        fingerprint = plan.student_fingerprint(student, ensemble)
+        fingerprint = plan.student_fingerprint(student, teacher.fingerprint)
         folder = run.student_folder(student.name)
         found = piece_state(folder, fingerprint)
         if not found.is_done:
@@ -53,9 +74,9 @@ def distill(run: RunFolder, *, only: Sequence[str] = ()) -> Outcome:
                     encoder_dir=encoder_dir,
                     texts=data.train_texts,
                     hard_targets=data.train_labels,
-                    soft_logits=teacher.oof,
-                    transfer_texts=data.evaluation_texts.get("unlabeled", []),
-                    transfer_logits=teacher.averages.get("unlabeled", teacher.oof[:0]),
+                    soft_logits=teacher.soft_logits,
+                    transfer_texts=teacher.transfer_texts,
+                    transfer_logits=teacher.transfer_logits,
                     label_names=data.label_names,
                     evaluation_texts=data.evaluation_texts,
                     work_dir=work_dir,
@@ -75,6 +96,50 @@ def distill(run: RunFolder, *, only: Sequence[str] = ()) -> Outcome:
         for row in rows
     ]
     return Outcome(f"{format_table(header, cells)}\n(at threshold 0.5)", {"students": rows})
+
+
+def _ensemble_teacher(plan: Plan) -> _Teacher:
+    run, found = plan.run, plan.need_ensemble()
+    ensemble = read_model_logits(run.ensemble_folder / "oof.npz")
+    n_unknown = int((~np.isfinite(ensemble.oof)).any(axis=1).sum())
+    if n_unknown:
+        raise ArtifactError(
+            f"{n_unknown:,} train rows have no out-of-fold prediction, so no soft targets: "
+            f"train at least one variant on all folds with  emodistill train {run.path}"
+        )
+    return _Teacher(
+        fingerprint=found,
+        soft_logits=ensemble.oof,
+        transfer_texts=run.data.evaluation_texts.get("unlabeled", []),
+        transfer_logits=ensemble.averages.get("unlabeled", ensemble.oof[:0]),
+    )
+
+
+def _file_teacher(plan: Plan, path: Path, scale: str) -> _Teacher:
+    """Match a file's rows with those of train, all of which it must know, and of unlabeled."""
+    data = plan.run.data
+    logits = read_teacher_logits(path, data.label_names, scale=scale)
+    texts = {"train": data.train_texts, "unlabeled": data.evaluation_texts.get("unlabeled", [])}
+    if logits.key == "id" and "train" not in data.ids:
+        raise InputError(
+            f"{path} names its rows by id, but {plan.run.paths.train.name} has no column 'id': add one there, or "
+            "name the rows by 'text'"
+        )
+    names = texts if logits.key == "text" else {"unlabeled": [], **data.ids}
+    known, soft = logits.of(names["train"])
+    if not known.all():
+        first = int(np.argmin(known))
+        raise InputError(
+            f"{path} knows {int(known.sum()):,} of the {len(known):,} train rows; the first that it lacks is row "
+            f"{first + 1}, {logits.key} '{names['train'][first][:60]}': add them (out-of-fold, so that the student "
+            "learns what the teacher says about texts it never saw)"
+        )
+    also_known, transfer = logits.of(names["unlabeled"])
+    transfer_texts = [texts["unlabeled"][row] for row in np.flatnonzero(also_known)]
+    say(f"teacher: {path.name}, {len(soft):,} train rows and {len(transfer):,} of unlabeled text")
+    return _Teacher(
+        fingerprint=plan.need_teacher(), soft_logits=soft, transfer_texts=transfer_texts, transfer_logits=transfer
+    )
 
 
 def _student_row(run: RunFolder, student: str) -> dict[str, Any]:
@@ -105,10 +170,10 @@ def select_students(plan: Plan, only: Sequence[str]) -> "list[StudentConfig]":
 def export(run: RunFolder, *, only: Sequence[str] = ()) -> Outcome:
     """Write the bundles that are missing or stale."""
     plan = Plan.checked(run)
-    ensemble = plan.need_ensemble()
+    teacher = plan.need_teacher()
     rows = []
     for student in select_students(plan, only):
-        own = plan.student_fingerprint(student, ensemble)
+        own = plan.student_fingerprint(student, teacher)
         checkpoint = run.student_folder(student.name)
         if not (found := piece_state(checkpoint, own)).is_done:
             raise ArtifactError(
@@ -183,14 +248,18 @@ def _export(run: RunFolder, student: str, fingerprint: str) -> None:
 
 def _card(run: RunFolder, student: str) -> dict[str, str]:
     data = run.data
-    members = read_json(run.ensemble_folder / "combination.json")["member_names"]
+    if run.teacher_file is None:
+        members = read_json(run.ensemble_folder / "combination.json")["member_names"]
+        taught = f"an ensemble of {len(members)} variants ({', '.join(members)}), whose predictions on the train texts "
+        taught += "are out-of-fold"
+    else:
+        taught = f"the logits in {run.teacher_file[0].name}"
     n_unlabeled = len(data.evaluation_texts.get("unlabeled", []))
     extra = f", and {n_unlabeled:,} unlabeled texts" if n_unlabeled else ""
     return {
         "title": f"{run.path.resolve().name}: {student}",
         "Data": f"Trained on {len(data.train_texts):,} labelled texts of {run.paths.train.name}{extra}. "
         "Scores above are on a tenth of them that the student never saw.",
-        "Training": f"Distilled by emodistill from an ensemble of {len(members)} variants ({', '.join(members)}), "
-        "whose predictions on the train texts are out-of-fold.",
+        "Training": f"Distilled by emodistill from {taught}.",
         "Licence": "The weights derive from the pretrained encoder and the data named here: their licences apply.",
     }
