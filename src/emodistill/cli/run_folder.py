@@ -115,7 +115,7 @@ class RunData:
             test=test,
             ids={
                 name: values
-                for name, values in (("train", ids), ("unlabeled", unlabeled and unlabeled.ids))
+                for name, values in (("train", ids), ("unlabeled", None if unlabeled is None else unlabeled.ids))
                 if values is not None
             },
         )
