@@ -120,7 +120,9 @@ class StudentConfig:
 
 
 STUDENT_PRESETS = {
-    "small": StudentConfig(name="small", layers=(0, 1, 2, 3, 4, 5), learning_rate=2e-4, epochs=3, transfer_texts=10_000),
+    "small": StudentConfig(
+        name="small", layers=(0, 1, 2, 3, 4, 5), learning_rate=2e-4, epochs=3, transfer_texts=10_000
+    ),
     "tiny": StudentConfig(name="tiny", pooling="cls"),
     "nano": StudentConfig(name="nano", layers=(0, 1), embedding_size=128, pooling="cls"),
 }
