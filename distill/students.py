@@ -23,6 +23,8 @@ __all__ = ["STUDENT_PRESETS", "StudentConfig", "held_out_rows", "student_start",
 _HELD_OUT_PARTS = 10
 _HELD_OUT_SEED = 20_000
 _WORD_TABLE = "embeddings.word_embeddings.weight"
+# Settings that came later: at these values a student is what it was before, so its fingerprint leaves them out.
+_NEUTRAL = {"hidden_size": None, "hidden_weight": 0.0, "relation_weight": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +41,19 @@ class StudentConfig:
         Which layers of it, counted from 0 at the bottom.
     vocabulary_size
         Word pieces kept: the most frequent ones in the texts at hand, and all single characters; None keeps all.
+    hidden_size
+        Width of the student; None is the encoder's. Smaller ones start from it by `narrowing.narrow_encoder`.
     embedding_size
-        Width of the word table; None is the encoder's. Smaller ones start from its singular value decomposition.
+        Width of the word table; None is the student's. Smaller ones start from its singular value decomposition.
     pooling
         "mean" or "cls".
     max_length_tokens
         Longer texts are cut; the position table holds just these.
     distillation_temperature, hard_weight
         See `losses.distillation_loss`. hard_weight 1 trains without a teacher.
+    hidden_weight, relation_weight
+        Of losses that draw states and attention relations to those of the pretrained encoder, see `transfer`; 0 leaves
+        them out.
     transfer_texts
         How many rows of unlabeled text to add, at most.
     epochs, batch_size, learning_rate, warmup_fraction, weight_decay, seed
@@ -64,11 +71,14 @@ class StudentConfig:
     encoder: str = "minilm-l6"
     layers: tuple[int, ...] = (0, 1, 2)
     vocabulary_size: int | None = 10_500
+    hidden_size: int | None = None
     embedding_size: int | None = None
     pooling: str = "mean"
     max_length_tokens: int = 128
     distillation_temperature: float = 2.0
     hard_weight: float = 0.3
+    hidden_weight: float = 0.0
+    relation_weight: float = 0.0
     transfer_texts: int = 20_000
     epochs: int = 6
     batch_size: int = 32
@@ -87,11 +97,14 @@ class StudentConfig:
             "name": bool(self.name) and all(c.isalnum() or c in "-_" for c in self.name),
             "layers": len(self.layers) > 0 and all(layer >= 0 for layer in self.layers),
             "vocabulary_size": self.vocabulary_size is None or self.vocabulary_size >= 1,
+            "hidden_size": self.hidden_size is None or self.hidden_size >= 8,
             "embedding_size": self.embedding_size is None or self.embedding_size >= 8,
             "pooling": self.pooling in POOLINGS,
             "max_length_tokens": self.max_length_tokens >= 3,
             "distillation_temperature": self.distillation_temperature > 0,
             "hard_weight": 0 <= self.hard_weight <= 1,
+            "hidden_weight": self.hidden_weight >= 0,
+            "relation_weight": self.relation_weight >= 0,
             "transfer_texts": self.transfer_texts >= 0,
         }
         for setting, fine in checks.items():
@@ -115,8 +128,8 @@ class StudentConfig:
         return replace(start, **settings)
 
     def fingerprint_parts(self) -> dict[str, Any]:
-        """Return the settings that decide on the student's numbers: all."""
-        return asdict(self)
+        """Return the settings that decide on the student's numbers: all but later ones that change nothing."""
+        return {name: value for name, value in asdict(self).items() if name not in _NEUTRAL or value != _NEUTRAL[name]}
 
 
 STUDENT_PRESETS = {
@@ -185,7 +198,7 @@ def train_student(
     """
     from emodistill.classifier_training import train_classifier
     from emodistill.distill.losses import distillation_loss, soft_targets
-    from emodistill.training import TrainingConfig
+    from emodistill.training import Loss, TrainingConfig
 
     if len(soft_logits) != len(texts) or len(transfer_logits) != len(transfer_texts):
         raise ConfigError(
@@ -204,11 +217,24 @@ def train_student(
     soft = soft_targets(np.concatenate([soft_logits[kept], transfer_logits]), temperature)
     hard = np.concatenate([hard_targets[kept], np.zeros((len(transfer_texts), len(label_names)), np.int8)])
     has_labels = np.concatenate([np.ones(len(kept), np.float32), np.zeros(len(transfer_texts), np.float32)])
+    loss: Loss = distillation_loss(temperature, student.hard_weight)
+    arrange = None
+    if student.hidden_weight or student.relation_weight:
+        from emodistill.distill.transfer import arrange_transfer, with_transfer
+
+        loss = with_transfer(loss)
+        arrange = arrange_transfer(
+            start,
+            encoder_dir,
+            hidden_weight=student.hidden_weight,
+            relation_weight=student.relation_weight,
+            precision=student.precision,
+        )
     trained, logits = train_classifier(
         start,
         train_texts,
         [soft, hard.astype(np.float32), has_labels],
-        distillation_loss(temperature, student.hard_weight),
+        loss,
         TrainingConfig(
             epochs=student.epochs,
             batch_size=student.batch_size,
@@ -224,6 +250,7 @@ def train_student(
         evaluation_texts={"held_out": [texts[i] for i in held_out], **evaluation_texts},
         work_dir=work_dir,
         fingerprint=fingerprint,
+        arrange=arrange,
         progress_factory=progress_factory,
         description=f"student {student.name}",
     )
@@ -240,12 +267,12 @@ def train_student(
 def student_start(
     student: StudentConfig, encoder_dir: Path, texts: Sequence[str], label_names: Sequence[str]
 ) -> ModelCheckpoint:
-    """Cut the student out of a pretrained encoder: layers, vocabulary, word table, positions; a new classifier.
+    """Cut the student out of a pretrained encoder: layers, vocabulary, width, word table, positions; a new classifier.
 
     Raises
     ------
     ConfigError
-        If the encoder has not got the layers.
+        If the encoder has not got the layers, or heads of its size do not fill the width.
     """
     from emodistill.tokenization import load_tokenizer
 
@@ -264,6 +291,8 @@ def student_start(
         config, weights, tokenizer_json = _frequent_pieces(
             config, weights, tokenizer_json, texts, student.vocabulary_size
         )
+    if student.hidden_size is not None and student.hidden_size != config.hidden_size:
+        config, weights = _narrowed(config, weights, tokenizer_json, texts, student.hidden_size, max_length_tokens)
     if student.embedding_size is not None and student.embedding_size < config.hidden_size:
         config, weights = _factorized_table(config, weights, student.embedding_size)
     generator = np.random.default_rng([student.seed, 7])
@@ -311,6 +340,23 @@ def _frequent_pieces(
     weights = weights | {_WORD_TABLE: weights[_WORD_TABLE][old_ids].copy()}
     pad_token_id = int(np.flatnonzero(old_ids == config.pad_token_id)[0])
     return replace(config, vocab_size=len(old_ids), pad_token_id=pad_token_id), weights, tokenizer_json
+
+
+def _narrowed(
+    config: EncoderConfig,
+    weights: Weights,
+    tokenizer_json: str,
+    texts: Sequence[str],
+    hidden_size: int,
+    max_length_tokens: int,
+) -> tuple[EncoderConfig, Weights]:
+    from tokenizers import Tokenizer
+
+    from emodistill.distill.narrowing import narrow_encoder
+    from emodistill.tokenization import encode
+
+    token_ids = encode(Tokenizer.from_str(tokenizer_json), texts, max_length_tokens)
+    return narrow_encoder(config, weights, token_ids, hidden_size)
 
 
 def _factorized_table(config: EncoderConfig, weights: Weights, embedding_size: int) -> tuple[EncoderConfig, Weights]:

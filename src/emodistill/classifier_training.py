@@ -6,11 +6,12 @@ weights each step. The other rows keep their pretrained values, and the table th
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tf_keras as keras
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -21,11 +22,34 @@ from emodistill.progress import Progress
 from emodistill.tokenization import encode
 from emodistill.training import Loss, TrainingConfig, fit, predict_logits
 
-__all__ = ["train_classifier"]
+__all__ = ["Arrange", "Trainee", "train_classifier"]
 
 _WORD_TABLE = "embeddings.word_embeddings.weight"
 
 TokenIds = list[NDArray[np.int32]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """A model that is fitted in place of a classifier, whose variables it shares.
+
+    Attributes
+    ----------
+    model : tf_keras.Model
+        Takes the classifier's inputs; its outputs go to the loss.
+    state : sequence of tf.Variable
+        What steps change besides its trainable variables.
+    finish : callable
+        Called after the fit: leaves the result in the classifier's own variables.
+    """
+
+    model: keras.Model
+    state: Sequence[tf.Variable] = ()
+    finish: Callable[[], None] = lambda: None
+
+
+Arrange = Callable[[keras.Model, NDArray[np.int32], Sequence[NDArray[np.int32]]], Trainee]
+"""Make the trainee of a classifier: (classifier, rows kept of the word table, training texts as ids of these rows)."""
 
 
 def train_classifier(
@@ -42,6 +66,7 @@ def train_classifier(
     evaluation_texts: Mapping[str, Sequence[str]],
     work_dir: Path,
     fingerprint: str,
+    arrange: Arrange | None = None,
     progress_factory: Callable[..., Progress] = Progress,
     description: str = "training",
 ) -> tuple[ModelCheckpoint, dict[str, NDArray[np.float32]]]:
@@ -56,7 +81,7 @@ def train_classifier(
     targets
         Arrays with n rows, given to `loss` batch by batch.
     loss
-        `loss(logits, *targets)` to a scalar.
+        `loss(outputs, *targets)` to a scalar; the outputs are the logits, or those of the trainee.
     config
         Settings of the fit.
     dropout_rate, attention_dropout_rate, classifier_dropout_rate, precision
@@ -65,6 +90,8 @@ def train_classifier(
         Texts to predict after training, by name.
     work_dir, fingerprint, progress_factory, description
         See `training.fit`.
+    arrange
+        Makes what is fitted instead of the plain classifier.
 
     Returns
     -------
@@ -92,18 +119,22 @@ def train_classifier(
     )
     set_weights(model, compact.config, compact.weights)
     pad_token_id = compact.config.pad_token_id
+    compact_ids = [renumber[ids] for ids in train_ids]
+    trainee = Trainee(model=model) if arrange is None else arrange(model, used, compact_ids)
     fit(
-        model,
-        [renumber[ids] for ids in train_ids],
+        trainee.model,
+        compact_ids,
         targets,
         loss,
         config,
         pad_token_id=pad_token_id,
         work_dir=work_dir,
         fingerprint=fingerprint,
+        state=trainee.state,
         progress_factory=progress_factory,
         description=description,
     )
+    trainee.finish()
     logits = {}
     n_texts = sum(len(rows) for rows in evaluation_ids.values())
     with progress_factory(f"{description}: predicting", n_texts) as progress:
@@ -112,7 +143,7 @@ def train_classifier(
                 model, [renumber[ids] for ids in rows], pad_token_id=pad_token_id, progress=progress
             )
     trained = replace(start, weights=_whole_weights(start.weights, get_weights(model, compact.config), used))
-    del model
+    del model, trainee
     keras.backend.clear_session()
     gc.collect()  # graphs and optimizer slots hang in reference cycles
     return trained, logits

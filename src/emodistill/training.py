@@ -183,6 +183,7 @@ def fit(
     pad_token_id: int,
     work_dir: Path,
     fingerprint: str,
+    state: Sequence[tf.Variable] = (),
     progress_factory: ProgressFactory = Progress,
     description: str = "training",
 ) -> None:
@@ -197,7 +198,8 @@ def fit(
     targets
         Arrays with n_rows first; the rows of a batch are passed to `loss`.
     loss
-        `loss(logits, *targets)`: logits float32 (batch, n_labels) to a scalar.
+        `loss(outputs, *targets)`: the model's outputs (logits, float32 (batch, n_labels)) to a scalar, the mean over
+        rows.
     config
         Settings.
     pad_token_id
@@ -206,6 +208,8 @@ def fit(
         Holds metrics.jsonl (one line per step: step, loss, learning_rate, gradient_norm) and the checkpoint.
     fingerprint
         Of everything that the result depends on; a checkpoint with another one is not used.
+    state
+        Further variables that steps change (ranges, masks): part of the checkpoint.
     progress_factory
         Makes the progress line.
     description
@@ -226,7 +230,7 @@ def fit(
         rate_factors=_rate_factors(model, variables, config.layerwise_decay),
         clip_norm=config.clip_norm,
     )
-    checkpoint = _Checkpoint(work_dir / "checkpoint.safetensors", optimizer, fingerprint)
+    checkpoint = _Checkpoint(work_dir / "checkpoint.safetensors", optimizer, state, fingerprint)
     first_step = checkpoint.restore()
     log = _StepLog(work_dir / "metrics.jsonl", first_step)
     step_function = _step_function(model, loss, optimizer, config.seed)
@@ -384,11 +388,12 @@ def _rate_factors(model: keras.Model, variables: Sequence[tf.Variable], layerwis
 class _Checkpoint:
     """Weights, optimizer moments and position of a fit, in one file that is either whole or absent."""
 
-    def __init__(self, path: Path, optimizer: AdamW, fingerprint: str) -> None:
+    def __init__(self, path: Path, optimizer: AdamW, state: Sequence[tf.Variable], fingerprint: str) -> None:
         self.path = path
         self.fingerprint = fingerprint
         self.arrays: dict[str, tf.Variable] = {}
-        for kind, variables in (("w", optimizer.variables), ("m", optimizer.first), ("v", optimizer.second)):
+        groups = {"w": optimizer.variables, "m": optimizer.first, "v": optimizer.second, "s": state}
+        for kind, variables in groups.items():
             self.arrays |= {f"{kind}{i}": variable for i, variable in enumerate(variables)}
 
     def save(self, next_step: int) -> None:
