@@ -173,25 +173,18 @@ class Classifier:
 
     def predict_proba(self, texts: Sequence[str]) -> Float32Array:
         """Return the probability of each label, float32 of shape (n_texts, n_labels); rows need not sum to 1."""
-        return self.score(texts).probabilities
+        return self._probabilities(self._logits(texts)[0])
 
     def predict_logits(self, texts: Sequence[str]) -> Float32Array:
         """Return the graph's logits before calibration, float32 of shape (n_texts, n_labels)."""
-        return self.score(texts).logits
+        return self._logits(texts)[0]
 
     def score(self, texts: Sequence[str]) -> Scores:
         """Return logits, probabilities and decisions, and which texts were empty or cut.
 
         Memory beyond the result does not grow with the number of texts.
         """
-        texts = _checked_texts(texts)
-        logits = np.empty((len(texts), len(self.label_names)), np.float32)
-        without_tokens, cut = np.zeros(len(texts), np.bool_), np.zeros(len(texts), np.bool_)
-        # Grouping costs a lone text, the most frequent call, several per cent of its time.
-        score_chunk = self._score_together if self.batchable and len(texts) > 1 else self._score_singly
-        for start in range(0, len(texts), TEXTS_PER_CHUNK):
-            part = slice(start, start + TEXTS_PER_CHUNK)
-            score_chunk(texts[part], logits[part], without_tokens[part], cut[part])
+        logits, without_tokens, cut = self._logits(texts)
         probabilities = self._probabilities(logits)
         return Scores(
             logits=logits,
@@ -204,6 +197,18 @@ class Classifier:
 
     def __repr__(self) -> str:
         return f"Classifier({str(self.path)!r}, graph={self.graph_name!r}, threads={self.threads})"
+
+    def _logits(self, texts: Sequence[str]) -> tuple[Float32Array, Flags, Flags]:
+        """Return logits, which texts were without tokens and which were cut."""
+        texts = _checked_texts(texts)
+        logits = np.empty((len(texts), len(self.label_names)), np.float32)
+        without_tokens, cut = np.zeros(len(texts), np.bool_), np.zeros(len(texts), np.bool_)
+        # Grouping costs a lone text, the most frequent call, several per cent of its time.
+        score_chunk = self._score_together if self.batchable and len(texts) > 1 else self._score_singly
+        for start in range(0, len(texts), TEXTS_PER_CHUNK):
+            part = slice(start, start + TEXTS_PER_CHUNK)
+            score_chunk(texts[part], logits[part], without_tokens[part], cut[part])
+        return logits, without_tokens, cut
 
     def _probabilities(self, logits: Float32Array) -> Float32Array:
         if self._scale is None or self._bias is None:
