@@ -6,25 +6,41 @@ saw. A fixed stratified tenth of train is kept from every student: its threshold
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from emodistill.artifacts import write_json
 from emodistill.checkpoints import POOLINGS, ModelCheckpoint, Weights, load_encoder_weights, save_checkpoint
 from emodistill.encoder_config import EncoderConfig
 from emodistill.errors import ConfigError
 from emodistill.folds import assign_folds
 from emodistill.progress import Progress
 
-__all__ = ["STUDENT_PRESETS", "StudentConfig", "held_out_rows", "student_start", "train_student"]
+if TYPE_CHECKING:
+    from emodistill.classifier_training import Arrange
 
+__all__ = ["COMPRESSIONS", "STUDENT_PRESETS", "StudentConfig", "held_out_rows", "student_start", "train_student"]
+
+COMPRESSIONS = ("clustered", "none", "pruned", "quantization_aware")
 _HELD_OUT_PARTS = 10
 _HELD_OUT_SEED = 20_000
+_COMPRESSION_FOLDER = "compression"  # of the second training's log and checkpoint
 _WORD_TABLE = "embeddings.word_embeddings.weight"
 # Settings that came later: at these values a student is what it was before, so its fingerprint leaves them out.
-_NEUTRAL = {"hidden_size": None, "hidden_weight": 0.0, "relation_weight": 0.0}
+_NEUTRAL = {
+    "hidden_size": None,
+    "hidden_weight": 0.0,
+    "relation_weight": 0.0,
+    "compression": "none",
+    "compression_epochs": 1,
+    "compression_learning_rate": 5e-5,
+    "sparsity": 0.5,
+    "n_clusters": 32,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,14 @@ class StudentConfig:
         them out.
     transfer_texts
         How many rows of unlabeled text to add, at most.
+    compression
+        A second training, see `compression`: "quantization_aware", "pruned", "clustered" or "none".
+    compression_epochs, compression_learning_rate
+        Of the second training, which computes in float32 and on logits alone.
+    sparsity
+        Share of zeros that "pruned" reaches in the linear layers, in (0, 1).
+    n_clusters
+        Different values that "clustered" leaves in each linear layer, at least 2.
     epochs, batch_size, learning_rate, warmup_fraction, weight_decay, seed
         See `emodistill.training.TrainingConfig`.
     dropout_rate, attention_dropout_rate, classifier_dropout_rate, precision
@@ -90,6 +114,11 @@ class StudentConfig:
     attention_dropout_rate: float = 0.1
     classifier_dropout_rate: float = 0.1
     precision: str = "bfloat16"
+    compression: str = "none"
+    compression_epochs: int = 1
+    compression_learning_rate: float = 5e-5
+    sparsity: float = 0.5
+    n_clusters: int = 32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -106,6 +135,11 @@ class StudentConfig:
             "hidden_weight": self.hidden_weight >= 0,
             "relation_weight": self.relation_weight >= 0,
             "transfer_texts": self.transfer_texts >= 0,
+            "compression": self.compression in COMPRESSIONS,
+            "compression_epochs": self.compression_epochs >= 1,
+            "compression_learning_rate": self.compression_learning_rate > 0,
+            "sparsity": 0 < self.sparsity < 1,
+            "n_clusters": self.n_clusters >= 2,
         }
         for setting, fine in checks.items():
             if not fine:
@@ -183,7 +217,9 @@ def train_student(
         Texts to predict after training, by name.
     work_dir
         Gets weights.safetensors, config.json, tokenizer.json, metrics.jsonl and logits.npz with `held_out_rows`
-        int32, `held_out` and one float16 array per evaluation name. A killed call goes on from its checkpoint.
+        int32, `held_out` and one float16 array per evaluation name. A compressed student has compression.json besides
+        (what it gained), and activation_ranges.json where it was trained for int8: {tensor of the fast graph: [low,
+        high]}. A killed call goes on from its checkpoint.
     fingerprint
         Of everything that the student depends on.
     progress_factory
@@ -230,30 +266,54 @@ def train_student(
             relation_weight=student.relation_weight,
             precision=student.precision,
         )
-    trained, logits = train_classifier(
-        start,
-        train_texts,
-        [soft, hard.astype(np.float32), has_labels],
-        loss,
-        TrainingConfig(
-            epochs=student.epochs,
-            batch_size=student.batch_size,
-            learning_rate=student.learning_rate,
-            warmup_fraction=student.warmup_fraction,
-            weight_decay=student.weight_decay,
-            seed=student.seed,
-        ),
+    training = TrainingConfig(
+        epochs=student.epochs,
+        batch_size=student.batch_size,
+        learning_rate=student.learning_rate,
+        warmup_fraction=student.warmup_fraction,
+        weight_decay=student.weight_decay,
+        seed=student.seed,
+    )
+    targets = [soft, hard.astype(np.float32), has_labels]
+    evaluation_texts = {"held_out": [texts[i] for i in held_out], **evaluation_texts}
+    fit_student = partial(
+        train_classifier,
+        texts=train_texts,
+        targets=targets,
         dropout_rate=student.dropout_rate,
         attention_dropout_rate=student.attention_dropout_rate,
         classifier_dropout_rate=student.classifier_dropout_rate,
-        precision=student.precision,
-        evaluation_texts={"held_out": [texts[i] for i in held_out], **evaluation_texts},
-        work_dir=work_dir,
         fingerprint=fingerprint,
-        arrange=arrange,
         progress_factory=progress_factory,
+    )
+    is_compressed = student.compression != "none"
+    trained, logits = fit_student(
+        start,
+        loss=loss,
+        config=training,
+        precision=student.precision,
+        evaluation_texts={} if is_compressed else evaluation_texts,
+        work_dir=work_dir,
+        arrange=arrange,
         description=f"student {student.name}",
     )
+    if is_compressed:
+        training = replace(training, epochs=student.compression_epochs, learning_rate=student.compression_learning_rate)
+        compress, report = _compression(student, trained, training.n_steps(len(train_texts)))
+        compressed, logits = fit_student(
+            trained,
+            loss=distillation_loss(temperature, student.hard_weight),
+            config=training,
+            precision="float32",
+            evaluation_texts=evaluation_texts,
+            work_dir=work_dir / _COMPRESSION_FOLDER,
+            arrange=compress,
+            description=f"student {student.name}, {student.compression.replace('_', '-')}",
+        )
+        for name, content in report(compressed).items():
+            write_json(work_dir / name, content)
+        (work_dir / _COMPRESSION_FOLDER / "checkpoint.safetensors").unlink()
+        trained = compressed
     save_checkpoint(work_dir, trained)
     saved_logits: dict[str, Any] = {name: values.astype(np.float16) for name, values in logits.items()}
     np.savez_compressed(
@@ -306,6 +366,41 @@ def student_start(
         weights=weights,
         tokenizer_json=tokenizer_json,
     )
+
+
+def _compression(
+    student: StudentConfig, trained: ModelCheckpoint, n_steps: int
+) -> "tuple[Arrange, Callable[[ModelCheckpoint], dict[str, Any]]]":
+    """Return the arrangement of the second training, and what to write after it: JSON contents by file name."""
+    from emodistill.distill.compression import (
+        Clustered,
+        Pruned,
+        QuantizationAware,
+        compressed_sizes,
+        distinct_values,
+        sparsity_of,
+    )
+
+    aware = QuantizationAware(trained.config, trained.pooling)
+    choices: dict[str, Arrange] = {
+        "clustered": Clustered(student.n_clusters),
+        "pruned": Pruned(student.sparsity, n_steps),
+        "quantization_aware": aware,
+    }
+    arrange = choices[student.compression]
+
+    def report(compressed: ModelCheckpoint) -> dict[str, Any]:
+        gained = {
+            "compression": student.compression,
+            "gzip_bytes_before": compressed_sizes(trained.weights),
+            "gzip_bytes_after": compressed_sizes(compressed.weights),
+            "sparsity": round(sparsity_of(compressed.weights), 4),
+            "distinct_values": distinct_values(compressed.weights),
+        }
+        ranges = {"activation_ranges.json": aware.ranges} if arrange is aware else {}
+        return {"compression.json": gained, **ranges}
+
+    return arrange, report
 
 
 def _chosen_layers(config: EncoderConfig, weights: Weights, layers: Sequence[int]) -> tuple[EncoderConfig, Weights]:

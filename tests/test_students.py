@@ -1,5 +1,7 @@
 """Students: what they are cut from, what they never see, and that they learn from logits."""
 
+import json
+
 import numpy as np
 import pytest
 from models import PIECES, write_encoder_folder
@@ -93,6 +95,36 @@ def test_a_student_learns_the_teacher_not_the_labels(tmp_path):
     assert load_checkpoint(tmp_path / "student").label_names == LABELS
 
 
+@pytest.mark.parametrize("compression", ["quantization_aware", "pruned", "clustered"])
+def test_a_compressed_student_says_what_it_gained(tmp_path, compression):
+    pytest.importorskip("tensorflow_model_optimization")
+    encoder = write_encoder_folder(tmp_path / "encoder", hidden_size=32)
+    texts, labels = rows(120)
+    student = StudentConfig(
+        layers=(0, 1), vocabulary_size=None, pooling="cls", epochs=6, batch_size=8, learning_rate=3e-3,
+        precision="float32", compression=compression, sparsity=0.6, n_clusters=6,
+    )  # fmt: skip
+    folder = tmp_path / "student"
+    train_student(
+        student, encoder_dir=encoder, texts=texts, hard_targets=labels,
+        soft_logits=np.where(labels, 4.0, -4.0).astype(np.float32), transfer_texts=["thank you"],
+        transfer_logits=np.array([[4, -4]], np.float32), label_names=LABELS,
+        evaluation_texts={"dev": ["thank you lol", "sorry great"]}, work_dir=folder,
+    )  # fmt: skip
+    gained = json.loads((folder / "compression.json").read_text())
+    weights = load_checkpoint(folder).weights
+    assert gained["compression"] == compression
+    assert gained["sparsity"] == pytest.approx(0.6 if compression == "pruned" else 0.0, abs=0.01)
+    assert (gained["distinct_values"] <= 6) == (compression == "clustered")
+    if compression != "quantization_aware":
+        assert gained["gzip_bytes_after"]["float16"] < 0.9 * gained["gzip_bytes_before"]["float16"]
+    assert (folder / "activation_ranges.json").is_file() == (compression == "quantization_aware")
+    assert len(np.unique(weights["layer.0.output.weight"])) <= gained["distinct_values"]
+    with np.load(folder / "logits.npz") as saved:
+        assert ((saved["dev"] > 0) == [[True, False], [False, True]]).all()
+    assert not list(folder.glob("compression/checkpoint*"))
+
+
 def test_teacher_logits_of_other_texts_are_refused(tmp_path):
     texts, labels = rows(30)
     with pytest.raises(ConfigError, match=r"the teacher's logits \(29 train, 0 transfer rows\) do not fit"):
@@ -107,5 +139,6 @@ def test_a_table_of_settings_starts_from_its_preset():
     assert StudentConfig.from_mapping({"name": "nano", "epochs": 2}).layers == STUDENT_PRESETS["nano"].layers
     with pytest.raises(ConfigError, match="student setting 'depth' is unknown: known are "):
         StudentConfig.from_mapping({"name": "tiny", "depth": 3})
-    with pytest.raises(ConfigError, match=r"student 'tiny': hard_weight = 2 is out of range"):
-        StudentConfig(hard_weight=2)
+    for setting, value in (("hard_weight", 2), ("hidden_weight", -1), ("compression", "zip"), ("sparsity", 1.0)):
+        with pytest.raises(ConfigError, match=rf"student 'tiny': {setting} = '?{value}'? is out of range"):
+            StudentConfig(**{setting: value})

@@ -87,6 +87,10 @@ class TrainingConfig:
     seed: int = 0
     checkpoint_minutes: float = 3.0
 
+    def n_steps(self, n_rows: int) -> int:
+        """Return how many steps so many rows take."""
+        return self.epochs * math.ceil(n_rows / self.batch_size)
+
     def __post_init__(self) -> None:
         checks = {
             "epochs": self.epochs >= 1,
@@ -222,7 +226,7 @@ def fit(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(ids) for ids in token_ids])
-    n_steps = config.epochs * math.ceil(len(token_ids) / config.batch_size)
+    n_steps = config.n_steps(len(token_ids))
     variables = model.trainable_variables
     optimizer = AdamW(
         variables,
@@ -399,7 +403,9 @@ class _Checkpoint:
     def save(self, next_step: int) -> None:
         beside = self.path.with_suffix(".part")
         metadata = {"next_step": str(next_step), "fingerprint": self.fingerprint}
-        save_file({name: variable.numpy() for name, variable in self.arrays.items()}, beside, metadata=metadata)
+        save_file(
+            {name: np.asarray(variable.numpy()) for name, variable in self.arrays.items()}, beside, metadata=metadata
+        )
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
         beside.replace(self.path)
