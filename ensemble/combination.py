@@ -6,7 +6,7 @@ decisions, and gives the bias that moves it back.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -111,7 +111,7 @@ class Combination:
     member_weights : float64 array of shape (n_members, n_labels)
         Each label's column sums to 1.
     space : str
-        "logits": what the weights average.
+        "logits" or "probabilities": what the weights average.
     calibration : Calibration or None
         None: probabilities are the sigmoid of the combined logits.
     thresholds : float32 array of shape (n_labels,)
@@ -177,7 +177,7 @@ class Combination:
                 f"no logits of member {', '.join(missing)}: give those of all {len(self.member_names)} members"
             )
         stack = _stack([np.asarray(member_logits[name], np.float32) for name in self.member_names], self.member_names)
-        logits = average_logits(stack, self.member_weights)
+        logits = average_logits(stack, self.member_weights, space=self.space)
         if fold_average and self.shift is not None:
             scale = 1.0 if self.calibration is None else self.calibration.scale
             logits = (logits + self.shift.bias / scale).astype(np.float32)
@@ -224,7 +224,7 @@ class Combination:
             "metric": self.metric,
             "rule": self.rule,
             "requested_rule": self.requested_rule,
-            "recipe": {"weights": self.recipe.weights, "thresholds": self.recipe.thresholds},
+            "recipe": asdict(self.recipe),
             "member_weights": self.member_weights.tolist(),
             "space": self.space,
             "calibration": None if self.calibration is None else self.calibration.to_json(),
@@ -366,7 +366,7 @@ def combine_by_rules(
             requested_rule=rule,
             recipe=choice.recipe,
             member_weights=choice.fitted.weights,
-            space="logits",
+            space=choice.recipe.space,
             calibration=choice.fitted.calibration,
             thresholds=choice.fitted.thresholds,
             shift=choice.shift,
@@ -374,7 +374,7 @@ def combine_by_rules(
             price=choice.price,
             notes=(*coverage, *choice.notes),
             n_fitted_rows=int(common.sum()),
-            oof_logits=average_logits(stack, choice.fitted.weights),
+            oof_logits=average_logits(stack, choice.fitted.weights, space=choice.recipe.space),
             cross_fitted_rows=np.flatnonzero(common).astype(np.int32),
             cross_fitted_decisions=_cross_fitted(referee, choice.recipe),
         )
@@ -467,8 +467,12 @@ def _choose(
     shift, shift_note = _measure_shift(members, fitted)
     if shift is None and recipe.thresholds == "per_label" and rule == "auto" and averages_folds:
         # What averaging does to many thresholds is unknown here: one threshold is the smaller risk.
-        recipe = Recipe(recipe.weights, "plug_in")
-        name = next(known for known, simple in RULES.items() if simple == recipe)
+        recipe = Recipe(recipe.weights, "plug_in", recipe.space)
+        name = next(
+            known
+            for known, simple in RULES.items()
+            if (simple.weights, simple.thresholds) == (recipe.weights, "plug_in")
+        )
         fitted = referee.fit(recipe)
         shift_note += "; so thresholds per label, which the referee had kept, fall back to the plug-in threshold"
     return _Choice(name, recipe, fitted, price, shift, (*notes, shift_note))
@@ -476,7 +480,7 @@ def _choose(
 
 def _cross_fitted(referee: Referee, recipe: Recipe) -> npt.NDArray[np.int8]:
     """Decisions of all rows by the recipe as fitted on the other folds; none where there are no other folds."""
-    if referee.can_cross_fit or recipe == RULES["uniform"]:
+    if referee.can_cross_fit or recipe.thresholds == "half":
         return referee.cross_fit(recipe)
     return np.zeros((0, referee.y_true.shape[1]), np.int8)
 
@@ -504,7 +508,7 @@ def _measure_shift(members: Sequence[MemberLogits], fitted: FittedRecipe) -> tup
     cut = np.log(threshold) - np.log1p(-threshold)
 
     def margins(arrays: list[Float32Array]) -> npt.NDArray[np.float64]:
-        logits = average_logits(np.stack(arrays), fitted.weights)
+        logits = average_logits(np.stack(arrays), fitted.weights, space=fitted.space)
         calibrated = logits if fitted.calibration is None else fitted.calibration.apply(logits)
         margin: npt.NDArray[np.float64] = calibrated.astype(np.float64) - cut
         return margin

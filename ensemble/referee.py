@@ -3,8 +3,9 @@
 The outer splits are the member folds: weights, calibration and thresholds are fitted on all folds but one and decide
 that one. (The members themselves are not refitted: the logits of the fitting folds come from members that saw the rows
 of the fold that is decided. What is cross-fitted is everything that this module chooses.) Steps are tried in order of
-simplicity, each on top of what was kept before it, and a step is kept only if the paired row-bootstrap 95 % interval
-of its gain lies above 0.
+simplicity, each on top of what was kept before it. A step is kept only if the paired row-bootstrap 95 % interval of its
+gain lies above 0, the gain is at least `MIN_GAIN` and at least `MIN_CHANGED_ROWS` rows are decided otherwise: four rows
+that all improve have an interval above 0 as well (one resample in e^4 = 55 contains none of them), and are chance.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ from emodistill.thresholds import (
 __all__ = ["RULES", "FittedRecipe", "Recipe", "Referee", "StepReport", "Verdict", "render_steps"]
 
 
+MIN_GAIN = 0.0005  # of the target metric: half a unit of the third decimal
+MIN_CHANGED_ROWS = 10
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How members become decisions.
@@ -49,14 +54,18 @@ class Recipe:
     thresholds : str
         "half" (0.5 on uncalibrated probabilities), "plug_in", "searched" (one for all labels) or "per_label"
         (searched); all but the first on calibrated probabilities.
+    space : str
+        "logits" or "probabilities": what the weights average. Learned weights are learned in logits.
     """
 
     weights: str
     thresholds: str
+    space: str = "logits"
 
 
 RULES: dict[str, Recipe] = {
     "uniform": Recipe("uniform", "half"),
+    "uniform_probabilities": Recipe("uniform", "half", "probabilities"),
     "shared_plug_in": Recipe("uniform", "plug_in"),
     "shared_searched": Recipe("uniform", "searched"),
     "per_label_thresholds": Recipe("uniform", "per_label"),
@@ -75,15 +84,18 @@ class FittedRecipe:
     weights : float64 array of shape (n_members, n_labels)
     calibration : Calibration or None
     thresholds : float32 array of shape (n_labels,)
+    space : str
+        As in `Recipe`.
     """
 
     weights: npt.NDArray[np.float64]
     calibration: Calibration | None
     thresholds: npt.NDArray[np.float32]
+    space: str = "logits"
 
     def probabilities(self, stack: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return (calibrated) probabilities of members' logits (n_members, n_samples, n_labels)."""
-        logits = average_logits(stack, self.weights)
+        logits = average_logits(stack, self.weights, space=self.space)
         return sigmoid(logits if self.calibration is None else self.calibration.apply(logits))
 
 
@@ -95,7 +107,7 @@ class StepReport:
     ----------
     name : str
         A key of `RULES`.
-    weights, thresholds : str
+    weights, thresholds, space : str
         The recipe that was tried: this step on top of what was kept before.
     score : float or None
         Of the target metric, on the pooled cross-fitted decisions.
@@ -117,6 +129,7 @@ class StepReport:
     gain: PairedDifference | None
     kept: bool
     reason: str
+    space: str = "logits"
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dict."""
@@ -165,7 +178,7 @@ class Referee:
         self.metric, self.seed = metric, seed
         self.folds = [int(fold) for fold in np.unique(fold_ids)]
         self._weights: dict[tuple[str, int | None], npt.NDArray[np.float64]] = {}
-        self._calibrations: dict[tuple[str, int | None], tuple[Calibration, npt.NDArray[np.float32]]] = {}
+        self._calibrations: dict[tuple[str, str, int | None], tuple[Calibration, npt.NDArray[np.float32]]] = {}
         self._decisions: dict[Recipe, npt.NDArray[np.int8]] = {}
 
     @property
@@ -187,13 +200,13 @@ class Referee:
         FittedRecipe
         """
         n_members, _, n_labels = self.stack.shape
-        if recipe == RULES["uniform"]:
+        if recipe.weights == "uniform" and recipe.thresholds == "half":
             half = np.full(n_labels, DEFAULT_THRESHOLD, np.float32)
-            return FittedRecipe(uniform_weights(n_members, n_labels), None, half)
+            return FittedRecipe(uniform_weights(n_members, n_labels), None, half, recipe.space)
         rows = self._rows(without_fold)
         weights = self._fit_weights(recipe.weights, without_fold)
         truth = self.y_true[rows]
-        calibration, probabilities = self._calibrate(recipe.weights, without_fold)
+        calibration, probabilities = self._calibrate(recipe.weights, recipe.space, without_fold)
         thresholds = plug_in_thresholds(probabilities, metric=self.metric)
         if recipe.thresholds == "searched":
             searched = search_shared_threshold(truth, probabilities, metric=self.metric)
@@ -202,7 +215,7 @@ class Referee:
             # Rare labels lean on the searched threshold of all labels, under macro-F1 on their own plug-in threshold.
             towards = None if self.metric.kind == "micro" else thresholds
             thresholds = search_label_thresholds(truth, probabilities, metric=self.metric, towards=towards)
-        return FittedRecipe(weights, calibration, thresholds)
+        return FittedRecipe(weights, calibration, thresholds, recipe.space)
 
     def cross_fit(self, recipe: Recipe) -> npt.NDArray[np.int8]:
         """Decide every row with a recipe that was fitted on the other folds.
@@ -255,8 +268,9 @@ class Referee:
                 steps.append(self._report(name, recipe, None, False, refusal))
                 continue
             gain = self.compare(recipe, kept)
-            is_kept = gain.low > 0
-            steps.append(self._report(name, recipe, gain, is_kept, _reason(gain)))
+            n_changed = int((self.cross_fit(recipe) != self.cross_fit(kept)).any(axis=1).sum())
+            is_kept, reason = _judge_gain(gain, n_changed)
+            steps.append(self._report(name, recipe, gain, is_kept, reason))
             if is_kept:
                 kept_name, kept = name, recipe
         return Verdict(name=kept_name, recipe=kept, steps=tuple(steps))
@@ -264,7 +278,7 @@ class Referee:
     def _cannot_try(self, recipe: Recipe) -> str:
         if not self.can_cross_fit:
             return "not tried: all rows that every member predicted lie in one fold, and cross-fitting needs two"
-        if len(self.stack) == 1 and recipe.weights != "uniform":
+        if len(self.stack) == 1 and (recipe.weights, recipe.space) != ("uniform", "logits"):
             return "not tried: there is only one member to weigh"
         relevant = self.y_true if self.metric.label is None else self.y_true[:, self.metric.label]
         if not relevant.any():
@@ -289,19 +303,22 @@ class Referee:
             gain=gain,
             kept=kept,
             reason=reason,
+            space=recipe.space,
         )
 
     def _rows(self, without_fold: int | None) -> npt.NDArray[np.bool_]:
         return np.ones(len(self.fold_ids), bool) if without_fold is None else self.fold_ids != without_fold
 
-    def _calibrate(self, kind: str, without_fold: int | None) -> tuple[Calibration, npt.NDArray[np.float32]]:
+    def _calibrate(
+        self, kind: str, space: str, without_fold: int | None
+    ) -> tuple[Calibration, npt.NDArray[np.float32]]:
         """Calibrate the averages by one kind of weights; return also the probabilities of the rows it was fitted on."""
-        if (kind, without_fold) not in self._calibrations:
+        if (kind, space, without_fold) not in self._calibrations:
             rows = self._rows(without_fold)
-            logits = average_logits(self.stack[:, rows], self._fit_weights(kind, without_fold))
+            logits = average_logits(self.stack[:, rows], self._fit_weights(kind, without_fold), space=space)
             calibration = fit_calibration(logits, self.y_true[rows])
-            self._calibrations[kind, without_fold] = calibration, sigmoid(calibration.apply(logits))
-        return self._calibrations[kind, without_fold]
+            self._calibrations[kind, space, without_fold] = calibration, sigmoid(calibration.apply(logits))
+        return self._calibrations[kind, space, without_fold]
 
     def _fit_weights(self, kind: str, without_fold: int | None) -> npt.NDArray[np.float64]:
         if (kind, without_fold) not in self._weights:
@@ -346,15 +363,22 @@ def render_steps(steps: Sequence[StepReport], metric_name: str = "micro_f1") -> 
 
 
 def _on_top(kept: Recipe, rule: Recipe) -> Recipe:
-    """Put one step on top of what was kept; learned weights come with a fitted threshold at least."""
+    """Put one step on top of what was kept; learned weights, in logits, come with a fitted threshold at least."""
+    if rule.space == "probabilities":
+        return Recipe(kept.weights, kept.thresholds, rule.space)
     if rule.weights == "uniform":
-        return Recipe(kept.weights, rule.thresholds)
+        return Recipe(kept.weights, rule.thresholds, kept.space)
     return Recipe(rule.weights, "plug_in" if kept.thresholds == "half" else kept.thresholds)
 
 
-def _reason(gain: PairedDifference) -> str:
-    if gain.low > 0:
-        return "the interval of its gain lies above 0"
+def _judge_gain(gain: PairedDifference, n_changed_rows: int) -> tuple[bool, str]:
+    """Whether a step is kept, and why."""
     if gain.high < 0:
-        return "it makes decisions worse"
-    return "the interval of its gain includes 0"
+        return False, "it makes decisions worse"
+    if not gain.low > 0:  # NaN too
+        return False, "the interval of its gain includes 0"
+    if gain.difference < MIN_GAIN:
+        return False, f"its gain is below {MIN_GAIN}"
+    if n_changed_rows < MIN_CHANGED_ROWS:
+        return False, f"it decides only {n_changed_rows} rows otherwise, fewer than {MIN_CHANGED_ROWS}"
+    return True, "the interval of its gain lies above 0"

@@ -14,14 +14,13 @@ from sklearn.linear_model import LogisticRegression
 
 from emodistill.errors import InputError
 
-__all__ = ["constant_logit", "probabilities_to_logits", "train_tfidf_member"]
+__all__ = ["constant_logit", "train_tfidf_member"]
 
 WORD_NGRAMS = (1, 2)
 WORD_PATTERN = r"(?u)\b\w+\b|[^\w\s]"  # a mark or emoji is a word of its own
 CHARACTER_NGRAMS = (2, 5)  # within words, so that inflections and misspellings meet
 MIN_TEXTS = 2  # an n-gram of fewer training texts is not a feature
 INVERSE_REGULARIZATION = 4.0  # C of scikit-learn
-PROBABILITY_MARGIN = 1e-6
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -88,27 +87,6 @@ def train_tfidf_member(
         valid_logits,
         {name: predict(some_texts) for name, some_texts in evaluation_texts.items()},
     )
-
-
-def probabilities_to_logits(probabilities: npt.ArrayLike) -> Float32Array:
-    """Turn probabilities into logits, keeping them 1e-6 away from 0 and 1.
-
-    Parameters
-    ----------
-    probabilities : array-like of float, any shape, in [0, 1]
-
-    Returns
-    -------
-    float32 array of the same shape, within about ±13.8
-
-    Examples
-    --------
-    >>> probabilities_to_logits([0.5, 1.0]).round(2).tolist()
-    [0.0, 13.819999694824219]
-    """
-    clipped = np.clip(np.asarray(probabilities, np.float64), PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
-    logits: Float32Array = (np.log(clipped) - np.log1p(-clipped)).astype(np.float32)
-    return logits
 
 
 def constant_logit(n_positive: int, n_rows: int) -> float:

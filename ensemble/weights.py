@@ -1,7 +1,8 @@
 """From members' logits to member weights: uniform, greedy selection, and regularised non-negative stacking.
 
 Weights are float64 arrays (n_members, n_labels); each label's column sums to 1. All are learned on out-of-fold logits,
-in logits: the combined logit of a label is the weighted mean of its members' logits.
+in logits: the combined logit of a label is the weighted mean of its members' logits. Weights can also average the
+members' probabilities; the combined logit is then that of their mean.
 """
 
 import numpy as np
@@ -10,9 +11,20 @@ from scipy.optimize import minimize
 
 from emodistill.errors import InputError
 from emodistill.metrics import LabelCounts, Metric, score_counts
+from emodistill.thresholds import sigmoid
 
-__all__ = ["average_logits", "greedy_weights", "selection_order", "stacked_weights", "uniform_weights"]
+__all__ = [
+    "SPACES",
+    "average_logits",
+    "greedy_weights",
+    "probabilities_to_logits",
+    "selection_order",
+    "stacked_weights",
+    "uniform_weights",
+]
 
+SPACES = ("logits", "probabilities")
+PROBABILITY_MARGIN = 1e-6
 GREEDY_ROUNDS = 30
 # Logits are binned to score every threshold at once; outside ±8 (probability 0.0003) no threshold is of use.
 BIN_LIMIT, BINS_PER_LOGIT = 8.0, 20
@@ -43,32 +55,49 @@ def uniform_weights(n_members: int, n_labels: int) -> Float64Array:
     return np.full((n_members, n_labels), 1.0 / n_members)
 
 
-def average_logits(stack: Float32Array, weights: Float64Array) -> Float32Array:
-    """Average members' logits; where members are missing, the weights of those present are scaled up to sum to 1.
+def average_logits(stack: Float32Array, weights: Float64Array, *, space: str = "logits") -> Float32Array:
+    """Average members' logits, or their probabilities.
+
+    Where members are missing, the weights of those present are scaled up to sum to 1.
 
     Parameters
     ----------
     stack : float32 array of shape (n_members, n_samples, n_labels)
         NaN rows where a member did not predict.
     weights : float64 array of shape (n_members, n_labels)
+    space : {"logits", "probabilities"}
+        What is averaged. A mean of logits lets a member that is sure outvote the others, a mean of probabilities does
+        not.
 
     Returns
     -------
     float32 array of shape (n_samples, n_labels)
-        NaN where no member predicted. Where all that did have weight 0, their plain mean.
+        Logits. NaN where no member predicted. Where all that did have weight 0, their plain mean.
     """
-    present = ~np.isnan(stack)
-    if present.all():
-        average: Float32Array = np.einsum("mnl,ml->nl", stack, weights).astype(np.float32)
-        return average
-    shares = present * weights[:, None, :]
-    total = shares.sum(axis=0)
-    shares = np.where(total > 0, shares, present)
-    total = np.where(total > 0, total, present.sum(axis=0))
-    weighted = (np.where(present, stack, 0.0) * shares).sum(axis=0)
-    partial = np.full(total.shape, np.nan)
-    np.divide(weighted, total, out=partial, where=total > 0)
-    return partial.astype(np.float32)
+    if space == "probabilities":
+        return probabilities_to_logits(_average(sigmoid(stack), weights))
+    return _average(stack, weights)
+
+
+def probabilities_to_logits(probabilities: npt.ArrayLike) -> Float32Array:
+    """Turn probabilities into logits, keeping them 1e-6 away from 0 and 1.
+
+    Parameters
+    ----------
+    probabilities : array-like of float, any shape, in [0, 1]
+
+    Returns
+    -------
+    float32 array of the same shape, within about ±13.8
+
+    Examples
+    --------
+    >>> probabilities_to_logits([0.5, 1.0]).round(2).tolist()
+    [0.0, 13.819999694824219]
+    """
+    clipped = np.clip(np.asarray(probabilities, np.float64), PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
+    logits: Float32Array = (np.log(clipped) - np.log1p(-clipped)).astype(np.float32)
+    return logits
 
 
 def greedy_weights(
@@ -184,6 +213,21 @@ def stacked_weights(
         for i in range(n_labels)
     ]
     return np.stack(columns, axis=1)
+
+
+def _average(stack: Float32Array, weights: Float64Array) -> Float32Array:
+    present = ~np.isnan(stack)
+    if present.all():
+        average: Float32Array = np.einsum("mnl,ml->nl", stack, weights).astype(np.float32)
+        return average
+    shares = present * weights[:, None, :]
+    total = shares.sum(axis=0)
+    shares = np.where(total > 0, shares, present)
+    total = np.where(total > 0, total, present.sum(axis=0))
+    weighted = (np.where(present, stack, 0.0) * shares).sum(axis=0)
+    partial = np.full(total.shape, np.nan)
+    np.divide(weighted, total, out=partial, where=total > 0)
+    return partial.astype(np.float32)
 
 
 def _fit_stack(

@@ -89,6 +89,50 @@ def test_badly_scaled_probabilities_keep_the_plug_in_threshold() -> None:
     assert cross_fitted > micro_f1(truth, decide(sigmoid(shifted.oof), 0.5)) + 0.02
 
 
+def test_a_member_that_is_sure_and_wrong_keeps_the_mean_of_probabilities() -> None:
+    truth, signal, generator = truth_and_signal()
+    folds = (np.arange(N_ROWS) % N_FOLDS).astype(np.int8)
+    calm = [MemberLogits(f"calm{i}", (0.7 * signal).astype(np.float32)) for i in range(3)]
+    # Sure of everything and wrong in one of ten: in logits it outvotes the three others together, in probabilities not.
+    wrong = generator.random(truth.shape) < 0.1
+    loud = MemberLogits("loud", np.where(wrong == truth, -14.0, 14.0).astype(np.float32))
+    combination = combine([*calm, loud], truth, folds, NAMES)
+    gain = step(combination, "uniform_probabilities").gain
+    assert gain is not None
+    assert gain.low > 0
+    assert step(combination, "shared_plug_in").space == "probabilities"  # on top of what was kept
+    assert combination.recipe.space == combination.space
+    forced = combine([*calm, loud], truth, folds, NAMES, rule="uniform_probabilities")
+    mean = np.mean([sigmoid(member.oof) for member in (*calm, loud)], axis=0)
+    np.testing.assert_allclose(forced.probabilities(forced.oof_logits), mean, atol=1e-5)
+    again = Combination.from_json(json.loads(json.dumps(forced.to_json())))
+    assert again.space == "probabilities"
+    applied = again.apply({member.name: member.oof for member in (*calm, loud)}, fold_average=False)
+    np.testing.assert_array_equal(applied, forced.oof_logits)
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_better", "reason"),
+    [(40_000, 8, "below 0.0005"), (400, 8, "only 8 rows"), (400, 20, "lies above 0")],
+)
+def test_a_gain_that_is_too_small_or_of_too_few_rows_is_refused(n_rows: int, n_better: int, reason: str) -> None:
+    # Half of the rows are positive. At 0.5 n_better of them are missed, at the plug-in threshold none: with
+    # h = n_rows / 2 the F1 goes from 2 (h - n_better) / (2 h - n_better) to 1. That is a gain of 8 / 40,000, 8 / 400
+    # or 20 / 400, nearly; each interval lies above 0, as 8 rows are in all resamples but one in e^8 = 2981.
+    truth = (np.arange(n_rows) % 2).astype(np.int8)[:, None]
+    logits = np.where(truth, 4.0, -4.0).astype(np.float32)
+    positives = np.flatnonzero(truth)
+    logits[positives[np.linspace(0, len(positives) - 1, n_better).astype(int)]] = -0.3
+    folds = (np.arange(n_rows) % 4 // 2).astype(np.int8)
+    referee = Referee(logits[None], truth, folds, parse_metric("micro_f1"), 0)
+    plug_in = next(s for s in referee.judge().steps if s.name == "shared_plug_in")
+    assert plug_in.gain is not None
+    assert plug_in.gain.low > 0
+    assert plug_in.gain.difference == pytest.approx(1 - 2 * (n_rows / 2 - n_better) / (n_rows - n_better))
+    assert reason in plug_in.reason
+    assert plug_in.kept == (reason == "lies above 0")
+
+
 def test_decisions_of_a_fold_do_not_depend_on_its_own_labels() -> None:
     members, truth, folds = make(0.5, 2.0)
     stack = np.stack([m.oof for m in members])
@@ -126,7 +170,7 @@ def test_every_rule_can_be_forced_and_survives_json(rule: str) -> None:
     logits = {m.name: m.oof for m in members}
     np.testing.assert_array_equal(again.apply(logits), combination.oof_logits)
     np.testing.assert_array_equal(again.decide(again.apply(logits)), combination.decide(combination.oof_logits))
-    assert (combination.calibration is None) == (rule == "uniform")
+    assert (combination.calibration is None) == (rule in ("uniform", "uniform_probabilities"))
 
 
 def test_rules_together_are_what_each_is_alone() -> None:
@@ -169,7 +213,7 @@ def test_one_fold_in_common_chooses_nothing() -> None:
     second[(folds == 0) | (folds > 1)] = np.nan
     combination = combine([MemberLogits("a", first), MemberLogits("b", second)], truth, folds, NAMES)
     assert combination.rule == "uniform"
-    assert [s.kept for s in combination.steps] == [True] + [False] * 6
+    assert [s.kept for s in combination.steps] == [True] + [False] * 7
     assert "needs two" in step(combination, "shared_plug_in").reason
     second[:] = np.nan
     second[folds == 4] = 0

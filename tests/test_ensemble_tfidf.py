@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from emodistill.ensemble.tfidf import constant_logit, probabilities_to_logits, train_tfidf_member
+from emodistill.ensemble.tfidf import constant_logit, train_tfidf_member
 from emodistill.errors import InputError
 from emodistill.thresholds import sigmoid
 
@@ -54,9 +54,3 @@ def test_a_fold_without_rows_and_texts_without_words_are_refused() -> None:
         train_tfidf_member(TEXTS, LABELS, FOLDS, 7, {}, seed=0)
     with pytest.raises(InputError, match="no word occurs in 2 of 20"):
         train_tfidf_member([""] * 30, LABELS, FOLDS, 0, {}, seed=0)
-
-
-def test_probabilities_become_finite_logits() -> None:
-    logits = probabilities_to_logits([0.0, 0.25, 1.0])
-    np.testing.assert_allclose(logits, [-13.8155, np.log(1 / 3), 13.8155], atol=1e-3)
-    np.testing.assert_allclose(sigmoid(probabilities_to_logits([0.1, 0.9])), [0.1, 0.9], rtol=1e-6)

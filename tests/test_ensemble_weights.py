@@ -6,6 +6,7 @@ import pytest
 from emodistill.ensemble.weights import (
     average_logits,
     greedy_weights,
+    probabilities_to_logits,
     selection_order,
     stacked_weights,
     uniform_weights,
@@ -141,3 +142,26 @@ def test_nan_and_misfitting_shapes_are_refused() -> None:
         stacked_weights(stack, truth)
     with pytest.raises(InputError, match=r"truth \(2999, 3\)"):
         greedy_weights(np.zeros((2, 3000, 3), np.float32), truth[:-1], MICRO)
+
+
+def test_probabilities_become_finite_logits() -> None:
+    logits = probabilities_to_logits([0.0, 0.25, 1.0])
+    np.testing.assert_allclose(logits, [-13.8155, np.log(1 / 3), 13.8155], atol=1e-3)
+    np.testing.assert_allclose(sigmoid(probabilities_to_logits([0.1, 0.9])), [0.1, 0.9], rtol=1e-6)
+
+
+def test_mean_of_probabilities_by_hand() -> None:
+    # sigmoid(ln 3) = 0.75 and sigmoid(-ln 3) = 0.25. Plain: (0.75 + 0.25) / 2 = 0.5, logit 0. With weights 0.2 and 0.8:
+    # 0.15 + 0.2 = 0.35
+    stack = np.log(3.0) * np.array([[[1.0, 1.0]], [[-1.0, -1.0]]], np.float32)
+    weights = np.array([[0.5, 0.2], [0.5, 0.8]])
+    averaged = average_logits(stack.astype(np.float32), weights, space="probabilities")
+    np.testing.assert_allclose(sigmoid(averaged), [[0.5, 0.35]], rtol=1e-5)
+    # a sure member counts for no more than its probability: 0.5 * 1 + 0.5 * 0.1 = 0.55, where logits would say 0.999
+    sure = np.array([[[20.0]], [[np.log(0.1 / 0.9)]]], np.float32)
+    np.testing.assert_allclose(
+        sigmoid(average_logits(sure, weights[:, :1], space="probabilities")), [[0.55]], rtol=1e-4
+    )
+    assert sigmoid(average_logits(sure, weights[:, :1]))[0, 0] > 0.999
+    sure[0] = np.nan
+    np.testing.assert_allclose(sigmoid(average_logits(sure, weights[:, :1], space="probabilities")), [[0.1]], rtol=1e-4)

@@ -148,9 +148,10 @@ def train(folder: Path, only: str | None, folds: str | None, dry_run: bool, as_j
 def combine(folder: Path, metric: str | None, rule: str | None, as_json: bool) -> None:
     """Combine the members that are there, with weights and thresholds learned on out-of-fold rows alone.
 
-    A step away from the plain average is kept only if the paired 95 % interval of its gain lies above 0. Rules, from
-    simple to less so: uniform, shared_plug_in, shared_searched, per_label_thresholds, greedy_weights, shared_weights,
-    per_label_weights. A variant that was trained on some folds only takes part; rows it did not predict are left out.
+    A step away from the plain average is kept only if the paired 95 % interval of its gain lies above 0 and the gain is
+    worth it. Rules, from simple to less so: uniform, uniform_probabilities, shared_plug_in, shared_searched,
+    per_label_thresholds, greedy_weights, shared_weights, per_label_weights. A variant that was trained on some folds
+    only takes part; rows it did not predict are left out.
     Metric and rule are remembered: the next  emodistill run  keeps them.
     """
     _run_stage(folder, "combine", as_json, {"combine.metric": metric, "combine.rule": rule})
