@@ -8,6 +8,7 @@ members' probabilities; the combined logit is then that of their mean.
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from emodistill.errors import InputError
 from emodistill.metrics import LabelCounts, Metric, score_counts
@@ -253,9 +254,11 @@ def _fit_stack(
 
     start = np.concatenate([towards / towards.sum(), np.zeros(n_labels)])
     bounds = [(0.0, None)] * n_members + [(None, None)] * n_labels
-    found = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": MAX_ITERATIONS, "ftol": 1e-8}
-    )
+    options = {"maxiter": MAX_ITERATIONS, "ftol": 1e-8}
+    # A product of 141,000 x 13 numbers with a vector takes less than waking a second thread of BLAS, which then spins
+    # against whatever else runs on its core: ten times the processor time.
+    with threadpool_limits(limits=1, user_api="blas"):
+        found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     v = np.asarray(found.x[:n_members], np.float64)
     weights: Float64Array = v / v.sum() if v.sum() > 1e-9 else towards / towards.sum()
     return weights

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import threadpoolctl
 
+from emodistill.ensemble import weights as weights_module
 from emodistill.ensemble.weights import (
     average_logits,
     greedy_weights,
@@ -165,3 +167,24 @@ def test_mean_of_probabilities_by_hand() -> None:
     assert sigmoid(average_logits(sure, weights[:, :1]))[0, 0] > 0.999
     sure[0] = np.nan
     np.testing.assert_allclose(sigmoid(average_logits(sure, weights[:, :1], space="probabilities")), [[0.1]], rtol=1e-4)
+
+
+def test_stacking_uses_one_thread_of_blas_and_gives_the_others_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def blas_threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+
+    seen: list[list[int]] = []
+    fit = weights_module.minimize
+
+    def watch(*arguments: object, **options: object) -> object:
+        seen.append(blas_threads())
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(weights_module, "minimize", watch)
+    stack, truth = noisy_members(0.3, 2.0)
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        if not blas_threads() or max(blas_threads()) < 2:
+            pytest.skip("this BLAS has one thread only")
+        stacked_weights(stack, truth)
+        assert max(blas_threads()) == 2
+    assert max(seen[0]) == 1

@@ -32,6 +32,7 @@ TRAIN = {
     "tensorflow_model_optimization",
     "tf2onnx",
     "tf_keras",
+    "threadpoolctl",
     "transformers",
 }
 PARQUET = {"pyarrow"}

@@ -50,6 +50,7 @@ EXTRA_OF = {
             "tensorflow_model_optimization",
             "tf2onnx",
             "tf_keras",
+            "threadpoolctl",
             "transformers",
         ),
         "train",
