@@ -24,7 +24,7 @@ from emodistill.metrics import (
 )
 from emodistill.thresholds import sigmoid
 
-__all__ = ["error_correlation", "inspect_ensemble", "likely_label_errors", "render_text"]
+__all__ = ["error_correlation", "find_label_errors", "inspect_ensemble", "likely_label_errors", "render_text"]
 
 N_SHOWN = 20
 TEXT_WIDTH = 90
@@ -64,7 +64,8 @@ def inspect_ensemble(
     -------
     dict
         JSON-ready; keys "n_rows", "micro_f1", "macro_f1" (each with its interval), "labels", "confident_errors",
-        "label_errors", "co_occurrence", "members", "leave_one_out", "curve", "error_correlation", "steps", "notes".
+        "n_label_errors", "label_errors_by", "label_errors", "co_occurrence", "members", "leave_one_out", "curve",
+        "error_correlation", "steps", "notes".
     """
     names = [member.name for member in members]
     if tuple(names) != combination.member_names:
@@ -91,8 +92,8 @@ def inspect_ensemble(
         }
 
     report = f1_report(truth, decisions, combination.label_names)
-    wrong = _most_confident_errors(truth, decisions, probabilities)[:n_shown]
-    suspects = likely_label_errors(truth, probabilities)
+    wrong = _clearest_first(truth != decisions, truth, probabilities)[:n_shown]
+    suspects, found_by = find_label_errors(truth, probabilities)
     simple = {name: Referee(stack[[i]], truth, folds, metric, seed) for i, name in enumerate(names)}
     return {
         "n_rows": len(rows),
@@ -103,6 +104,7 @@ def inspect_ensemble(
         "labels": _label_table(report, truth, decisions, seed),
         "confident_errors": [describe(*at) for at in wrong],
         "n_label_errors": len(suspects),
+        "label_errors_by": found_by,
         "label_errors": [describe(*at) for at in suspects[:n_shown]],
         "co_occurrence": _co_occurrence(truth, decisions, combination.label_names),
         "members": _member_table(simple, truth, combination.label_names),
@@ -115,12 +117,52 @@ def inspect_ensemble(
     }
 
 
+def find_label_errors(y_true: npt.NDArray[np.int8], probabilities: Float32Array) -> tuple[list[tuple[int, int]], str]:
+    """Find likely label errors: by cleanlab where it is installed, else by `likely_label_errors`.
+
+    cleanlab also estimates how many errors a label has, and keeps no more than those.
+
+    Parameters
+    ----------
+    y_true : int8 array of shape (n_samples, n_labels), in {0, 1}
+    probabilities : float array of shape (n_samples, n_labels), in [0, 1]
+        Calibrated, out of fold.
+
+    Returns
+    -------
+    errors : list of (row, label)
+        Least probable given value first.
+    method : str
+        What found them, for the report.
+
+    References
+    ----------
+    Thyagarajan, A., Snorrason, E., Northcutt, C., Mueller, J. (2023). Identifying incorrect annotations in multi-label
+    classification data. arXiv:2211.13895.
+    """
+    try:
+        import cleanlab
+        from cleanlab.multilabel_classification.filter import find_multilabel_issues_per_class
+    except ImportError:
+        return likely_label_errors(y_true, probabilities), (
+            "confident learning for each label; with  pip install 'emodistill[inspect]'  by cleanlab"
+        )
+    suspect = np.zeros(y_true.shape, bool)
+    mixed = np.flatnonzero(y_true.any(axis=0) & ~y_true.all(axis=0))  # a label of one value has nothing to learn from
+    if len(mixed):
+        given = [np.flatnonzero(row).tolist() for row in y_true[:, mixed]]
+        suspect[:, mixed] = find_multilabel_issues_per_class(
+            given, probabilities[:, mixed].astype(np.float64), n_jobs=1
+        )
+    return _clearest_first(suspect, y_true, probabilities), f"cleanlab {cleanlab.__version__}"
+
+
 def likely_label_errors(y_true: npt.NDArray[np.int8], probabilities: Float32Array) -> list[tuple[int, int]]:
     """Find labels that the ensemble, which never saw the row, contradicts with more than its usual confidence.
 
     Confident learning for each label alone: the mean probability among rows with the label (and of its absence among
-    rows without) is the confidence that is usual for it. A given label is suspect when the opposite reaches its own
-    usual confidence, and either the given one does not reach its, or the opposite is more probable.
+    rows without) is the confidence that is usual for it. A given label is suspect when the opposite is the more
+    probable and reaches its own usual confidence.
 
     Parameters
     ----------
@@ -143,13 +185,8 @@ def likely_label_errors(y_true: npt.NDArray[np.int8], probabilities: Float32Arra
     usual_positive = np.where(n_positive > 0, (p * truth).sum(axis=0) / np.maximum(n_positive, 1), np.inf)
     n_negative = (~truth).sum(axis=0)
     usual_negative = np.where(n_negative > 0, ((1 - p) * ~truth).sum(axis=0) / np.maximum(n_negative, 1), np.inf)
-    says_positive = (p >= usual_positive) & ((1 - p < usual_negative) | (p > 0.5))
-    says_negative = (1 - p >= usual_negative) & ((p < usual_positive) | (p < 0.5))
-    suspect = np.where(truth, says_negative, says_positive)
-    given_probability = np.where(truth, p, 1 - p)
-    positions = np.argwhere(suspect)
-    order = np.argsort(given_probability[suspect], kind="stable")
-    return [(int(row), int(label)) for row, label in positions[order]]
+    suspect = np.where(truth, (p < 0.5) & (1 - p >= usual_negative), (p > 0.5) & (p >= usual_positive))
+    return _clearest_first(suspect, y_true, probabilities)
 
 
 def error_correlation(stack: Float32Array, y_true: npt.NDArray[np.int8]) -> npt.NDArray[np.float64]:
@@ -196,7 +233,7 @@ def render_text(report: dict[str, Any]) -> str:
     parts.append(_render_correlation(report))
     parts.append(_render_co_occurrence(report))
     parts.append(_render_rows("Most confident wrong decisions, out of fold", report["confident_errors"]))
-    title = f"Likely label errors: {report['n_label_errors']} found, the clearest"
+    title = f"Likely label errors, by {report['label_errors_by']}: {report['n_label_errors']} found, the clearest"
     parts.append(_render_rows(title, report["label_errors"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -211,12 +248,12 @@ def _cross_fitted_probabilities(referee: Referee, combination: Combination) -> F
     return probabilities
 
 
-def _most_confident_errors(
-    truth: npt.NDArray[np.int8], decisions: npt.NDArray[np.int8], probabilities: Float32Array
+def _clearest_first(
+    cells: npt.NDArray[np.bool_], truth: npt.NDArray[np.int8], probabilities: Float32Array
 ) -> list[tuple[int, int]]:
-    wrong = truth != decisions
-    given = np.where(truth == 1, probabilities, 1 - probabilities)[wrong]
-    positions = np.argwhere(wrong)[np.argsort(given, kind="stable")]
+    """Order marked cells by the probability of what was given, lowest first."""
+    given = np.where(truth == 1, probabilities, 1 - probabilities)[cells]
+    positions = np.argwhere(cells)[np.argsort(given, kind="stable")]
     return [(int(row), int(label)) for row, label in positions]
 
 
@@ -289,15 +326,26 @@ def _curve(
     combination: Combination,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Score as members are added, the one that helps most next."""
+    """Score as members are added, the one that helps most next, and what each adds to those before it."""
     metric = parse_metric(combination.metric, combination.label_names)
     order = selection_order(stack, truth, metric)
-    curve = []
+    curve: list[dict[str, Any]] = []
+    before = None
     for n_members in range(1, len(order) + 1):
         decisions = Referee(stack[order[:n_members]], truth, folds, metric, seed).cross_fit(SIMPLE_RULE)
         report = f1_report(truth, decisions, combination.label_names)
         added = names[order[n_members - 1]]
-        curve.append({"n_members": n_members, "added": added, **{k: report[k] for k in ("micro_f1", "macro_f1")}})
+        gain = None if before is None else paired_bootstrap(truth, decisions, before, metric=metric, seed=seed)
+        curve.append(
+            {
+                "n_members": n_members,
+                "added": added,
+                "micro_f1": report["micro_f1"],
+                "macro_f1": report["macro_f1"],
+                "gain": None if gain is None else gain.to_json(),
+            }
+        )
+        before = decisions
     return curve
 
 
@@ -338,16 +386,19 @@ def _render_gains(report: dict[str, Any]) -> str:
     if len(report["curve"]) < 2:
         return ""
     curve = [
-        [str(point["n_members"]), point["added"], _show(point["micro_f1"]), _show(point["macro_f1"])]
+        [
+            str(point["n_members"]),
+            point["added"],
+            _show(point["micro_f1"]),
+            _show(point["macro_f1"]),
+            *_show_gain(point["gain"]),
+        ]
         for point in report["curve"]
     ]
-    gains = [
-        [gain["name"], f"{gain['difference']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}"]
-        for gain in report["leave_one_out"]
-    ]
+    gains = [[gain["name"], *_show_gain(gain)] for gain in report["leave_one_out"]]
     return (
         "Plain average as members are added\n\n"
-        + _table(["members", "added", "micro_f1", "macro_f1"], curve)
+        + _table(["members", "added", "micro_f1", "macro_f1", "gain", "95 % interval"], curve)
         + "\n\nWhat each member adds to the plain average of the others\n\n"
         + _table(["member", "gain", "95 % interval"], gains)
     )
@@ -403,6 +454,12 @@ def _show(value: float | None) -> str:
 
 def _show_interval(interval: list[float] | None) -> str:
     return "n/a" if interval is None else f"[{interval[0]:.4f}, {interval[1]:.4f}]"
+
+
+def _show_gain(gain: dict[str, float] | None) -> tuple[str, str]:
+    if gain is None:
+        return "", ""
+    return f"{gain['difference']:+.4f}", f"{gain['low']:+.4f} to {gain['high']:+.4f}"
 
 
 def _finite(interval: tuple[float, float]) -> list[float] | None:

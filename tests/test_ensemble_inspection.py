@@ -1,14 +1,22 @@
 """The inspection: planted errors are found, and every table's numbers are those of the metrics."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from emodistill.ensemble.combination import MemberLogits, combine
-from emodistill.ensemble.inspection import error_correlation, inspect_ensemble, likely_label_errors, render_text
+from emodistill.ensemble.inspection import (
+    error_correlation,
+    find_label_errors,
+    inspect_ensemble,
+    likely_label_errors,
+    render_text,
+)
 from emodistill.errors import InputError
 from emodistill.metrics import micro_f1
+from emodistill.thresholds import sigmoid
 
 N_ROWS = 1500
 NAMES = ("anger", "joy", "pride")
@@ -71,6 +79,8 @@ def test_members_gains_and_curve(case: dict) -> None:
     gain = next(g for g in report["leave_one_out"] if g["name"] == "m1")
     assert gain["difference"] == pytest.approx(curve[1]["micro_f1"] - curve[0]["micro_f1"])
     assert gain["low"] <= gain["difference"] <= gain["high"]
+    assert curve[0]["gain"] is None
+    assert curve[1]["gain"] == {key: gain[key] for key in ("difference", "low", "high")}
 
 
 def test_co_occurrence_counts_rows_with_both(case: dict) -> None:
@@ -95,6 +105,46 @@ def test_confident_learning_by_hand() -> None:
     # row 2: absence 0.9 reaches 0.58 and 0.1 does not reach 0.6. Row 5: 0.95 reaches 0.6. Given values: 0.05 and 0.1.
     assert likely_label_errors(truth, probabilities) == [(5, 0), (2, 0)]
     assert likely_label_errors(np.zeros((2, 1), np.int8), np.array([[0.9], [0.1]], np.float32)) == []
+
+
+def test_a_rare_label_is_not_suspect_below_one_half() -> None:
+    # With the label 0.3 and 0.1, usually 0.2; row 2 has 0.4 without it, twice what is usual, and is still unlikely.
+    truth = np.array([[1], [1], [0], [0], [0]], np.int8)
+    probabilities = np.array([[0.3], [0.1], [0.4], [0.0], [0.0]], np.float32)
+    # Absence is usually (0.6 + 1 + 1) / 3 = 0.87: row 1 has 0.9, row 0 only 0.7.
+    assert likely_label_errors(truth, probabilities) == [(1, 0)]
+
+
+def test_our_rule_is_that_of_cleanlab(case: dict) -> None:
+    filters = pytest.importorskip("cleanlab.multilabel_classification.filter")
+    truth, probabilities = case["truth"], sigmoid(case["members"][1].oof)
+    given = [np.flatnonzero(row).tolist() for row in truth]
+    expected = filters.find_multilabel_issues_per_class(
+        given, probabilities.astype(np.float64), filter_by="confident_learning", n_jobs=1
+    )
+    found = np.zeros(truth.shape, bool)
+    for row, label in likely_label_errors(truth, probabilities):
+        found[row, label] = True
+    assert found.sum() > 20
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_cleanlab_finds_the_planted_errors_and_lives_with_an_absent_label(case: dict) -> None:
+    cleanlab = pytest.importorskip("cleanlab")
+    truth, probabilities = case["truth"].copy(), sigmoid(np.mean([m.oof for m in case["members"]], axis=0))
+    truth[:, 2] = 0
+    errors, method = find_label_errors(truth, probabilities)
+    assert set(errors[:2]) == {(4, 0), (9, 1)}
+    assert all(label < 2 for _, label in errors)
+    assert method == f"cleanlab {cleanlab.__version__}"
+
+
+def test_without_cleanlab_the_report_says_what_found_them(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cleanlab", None)
+    probabilities = sigmoid(case["members"][0].oof)
+    errors, method = find_label_errors(case["truth"], probabilities)
+    assert errors == likely_label_errors(case["truth"], probabilities)
+    assert "emodistill[inspect]" in method
 
 
 def test_error_correlation_of_known_errors() -> None:

@@ -36,6 +36,7 @@ TRAIN = {
     "transformers",
 }
 PARQUET = {"pyarrow"}
+INSPECT = {"cleanlab"}
 OF_OTHERS = {"huggingface_hub"}  # comes with tokenizers and transformers; imported only where its absence is handled
 # What an edge machine and a reader of files must be able to import with the base install alone.
 PROMISED_TO_BASE = ("emodistill", "emodistill.errors", "emodistill.data", "emodistill.runtime", "emodistill.cli")
@@ -189,13 +190,13 @@ def test_imports_run_one_way(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_third_parties_are_those_of_pyproject(module: str) -> None:
-    allowed = {*sys.stdlib_module_names, "emodistill", *BASE, *TRAIN, *PARQUET, *OF_OTHERS}
+    allowed = {*sys.stdlib_module_names, "emodistill", *BASE, *TRAIN, *PARQUET, *INSPECT, *OF_OTHERS}
     strangers = [f"line {i.line}: {i.name}" for i in IMPORTS[module] if i.name.split(".")[0] not in allowed]
     assert strangers == []
 
 
 def test_nothing_loads_pyarrow_or_the_hub_on_import() -> None:
-    assert [m for m in MODULES if third_party(m) & (PARQUET | OF_OTHERS)] == []
+    assert [m for m in MODULES if third_party(m) & (PARQUET | INSPECT | OF_OTHERS)] == []
 
 
 def test_runtime_needs_three_packages() -> None:
