@@ -12,7 +12,9 @@ from emodistill.errors import ConfigError
 from emodistill.logits import MemberLogits, write_member_logits
 from emodistill.progress import Progress
 
-__all__ = ["train_member"]
+__all__ = ["embed_member_texts", "train_member"]
+
+TRAIN_TEXTS = "train"  # beside the names of the other files
 
 
 def train_member(
@@ -27,6 +29,7 @@ def train_member(
     evaluation_texts: Mapping[str, Sequence[str]],
     work_dir: Path,
     fingerprint: str = "",
+    embeddings: Mapping[str, NDArray[np.float32]] | None = None,
     progress_factory: Callable[..., Progress] = Progress,
 ) -> None:
     """Train `variant` on the rows outside `fold` and write what it says about the others into `work_dir`.
@@ -54,6 +57,8 @@ def train_member(
         killed call goes on from the checkpoint that it left here.
     fingerprint
         Of everything that the member depends on; a checkpoint with another one is not used.
+    embeddings
+        For kind "head", what `embed_member_texts` returned for these texts: it is the same for every fold.
     progress_factory
         Makes progress lines.
 
@@ -72,6 +77,15 @@ def train_member(
 
         valid_rows, valid, evaluations = train_tfidf_member(
             texts, labels, fold_ids, fold, evaluation_texts, variant.seed
+        )
+    elif variant.kind == "head":
+        from emodistill.ensemble.heads import train_head_member
+
+        if embeddings is None:
+            raise ConfigError(f"variant '{variant.name}' needs the embeddings of its texts")
+        others = {name: embeddings[name] for name in evaluation_texts}
+        valid_rows, valid, evaluations = train_head_member(
+            embeddings[TRAIN_TEXTS], labels, fold_ids, fold, others, variant.seed
         )
     else:
         if encoder_dir is None:
@@ -93,6 +107,38 @@ def train_member(
         valid_rows=valid_rows, valid=valid, evaluations=dict(evaluations), label_names=tuple(label_names)
     )
     write_member_logits(work_dir / "logits.npz", member)
+
+
+def embed_member_texts(
+    variant: VariantConfig,
+    encoder_dir: Path,
+    texts: Sequence[str],
+    evaluation_texts: Mapping[str, Sequence[str]],
+    progress_factory: Callable[..., Progress] = Progress,
+) -> dict[str, NDArray[np.float32]]:
+    """Embed all texts of a variant of kind "head", once for all its folds.
+
+    Parameters
+    ----------
+    variant, encoder_dir, texts, evaluation_texts, progress_factory
+        As for `train_member`.
+
+    Returns
+    -------
+    dict of str to float32 array of shape (n_texts, hidden_size)
+        By the names of `evaluation_texts`, and "train".
+    """
+    from emodistill.ensemble.embeddings import embed_texts
+
+    return embed_texts(
+        encoder_dir,
+        {TRAIN_TEXTS: texts, **evaluation_texts},
+        pooling=variant.pooling,
+        max_length_tokens=variant.max_length_tokens,
+        precision=variant.precision,
+        progress_factory=progress_factory,
+        description=f"{variant.name}: embedding",
+    )
 
 
 def _fine_tune(

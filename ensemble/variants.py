@@ -9,7 +9,12 @@ from emodistill.errors import ConfigError
 
 __all__ = ["KINDS", "VariantConfig"]
 
-KINDS = ("encoder", "tfidf")
+KINDS = ("encoder", "tfidf", "head")
+# What decides on the numbers of the cheap kinds; all settings do for encoders.
+USED_BY_CHEAP_KINDS = {
+    "tfidf": ("name", "kind", "seed"),
+    "head": ("name", "kind", "encoder", "seed", "pooling", "max_length_tokens", "precision"),
+}
 PRECISIONS = ("bfloat16", "float32")
 
 
@@ -22,7 +27,9 @@ class VariantConfig:
     name
         Names the variant's files: letters, digits, dash and underscore.
     kind
-        "encoder" fine-tunes a BERT-family encoder; "tfidf" fits logistic regression on n-grams and uses `seed` only.
+        "encoder" fine-tunes a BERT-family encoder; "tfidf" fits logistic regression on n-grams and uses `seed` only;
+        "head" fits a small network on the states of an encoder that stays as it is, and uses `encoder`, `seed`,
+        `pooling`, `max_length_tokens` and `precision`.
     encoder
         Name or folder of the encoder (`emodistill encoder list`).
     seed
@@ -119,7 +126,7 @@ class VariantConfig:
         Which folds are trained does not, and settings at their default are left out: one that is added later, with a
         default that changes nothing, leaves saved members valid.
         """
-        used = ("name", "kind", "seed") if self.kind == "tfidf" else tuple(f.name for f in fields(self))
+        used = USED_BY_CHEAP_KINDS.get(self.kind, tuple(field.name for field in fields(self)))
         always = ("name", "kind", "encoder", "seed", "epochs", "learning_rate")
         return {
             field.name: getattr(self, field.name)

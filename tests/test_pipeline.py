@@ -22,6 +22,7 @@ from emodistill.cli import main
 from emodistill.cli.planning import Plan
 from emodistill.cli.run_folder import RunFolder
 from emodistill.ensemble.referee import RULES
+from emodistill.ensemble.variants import VariantConfig
 from emodistill.logits import read_member_logits, read_model_logits
 from emodistill.thresholds import decide, sigmoid
 
@@ -330,6 +331,41 @@ def refused_after_begin(run: Path, *config: object) -> str:
     call("train", run, *config, "--only", "words", "--folds", "0")
     shutil.rmtree(run / "members")
     return refused("combine", run)
+
+
+def test_members_on_a_frozen_encoder_share_one_embedding(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emodistill.ensemble import members
+
+    calls, embed = [], members.embed_member_texts
+
+    def counted(variant: VariantConfig, *arguments: object) -> dict[str, np.ndarray]:
+        calls.append(variant.name)
+        return embed(variant, *arguments)
+
+    monkeypatch.setattr(members, "embed_member_texts", counted)
+    table = f'kind="head", encoder="{inputs / "encoder"}", precision="float32"'
+    variants = (
+        f'variants=[{{name="frozen", {table}}}, {{name="again", {table}}}, {{name="first", {table}, pooling="cls"}}]'
+    )
+    run = tmp_path / "run"
+    call("train", run, "--config", inputs / "run.toml", "--set", variants, "--set", "students=[]")
+    assert calls == ["frozen", "first"]  # once per way of embedding, not per fold or variant
+    assert all((folder / END_MARK_NAME).is_file() for folder in (run / "embeddings").iterdir())
+    logits = {name: read_member_logits(run / f"members/{name}-fold1/logits.npz") for name in ("frozen", "again")}
+    assert (logits["frozen"].valid != logits["again"].valid).any()  # other seeds
+    shutil.rmtree(run / "members/frozen-fold1")
+    call("train", run)
+    assert len(calls) == 2
+    same = read_member_logits(run / "members/frozen-fold1/logits.npz")
+    np.testing.assert_array_equal(same.valid, logits["frozen"].valid)
+    for name in ("dev", "test", "unlabeled"):
+        np.testing.assert_array_equal(same.evaluations[name], logits["frozen"].evaluations[name])
+    call("combine", run)
+    call("bench", run)  # a head has no weights of its own to time
+    rows = {row["name"]: row for row in read_json(run / "report/tradeoff.json")["models"]}
+    assert rows["frozen"]["size_bytes"] is None
 
 
 def test_without_dev_the_scores_are_on_rows_that_no_model_saw(inputs: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +27,12 @@ from emodistill.metrics import micro_f1
 from emodistill.progress import Progress, ProgressFactory, format_duration
 from emodistill.thresholds import decide, sigmoid
 
+if TYPE_CHECKING:
+    from emodistill.ensemble.variants import VariantConfig
+
 __all__ = ["plain_f1", "reusable_members", "train", "variant_logits"]
+
+EMBEDDINGS_NAME = "embeddings.npz"
 
 
 def train(run: RunFolder, *, only: Sequence[str] = (), folds: Sequence[int] = ()) -> Outcome:
@@ -43,6 +48,10 @@ def train(run: RunFolder, *, only: Sequence[str] = (), folds: Sequence[int] = ()
     for member in waiting:
         if member.state.state != "missing":
             say(f"{member.name}: {member.state.reason}, {what_now(member.state)}")
+    for variant in {
+        member.variant.name: member.variant for member in waiting if member.variant.kind == "head"
+    }.values():
+        _embed(run, plan, variant)
     n_processes = _n_processes(run, plan, waiting)
     if n_processes > 1:
         say(f"{len(waiting)} members to train, {n_processes} side by side")
@@ -68,7 +77,7 @@ def _n_processes(run: RunFolder, plan: Plan, members: Sequence[MemberPlan]) -> i
     long_ones = [m for m in members if (plan.member_seconds(m) or 0.0) > WORTH_A_PROCESS_S]
     if len(long_ones) < 2 or tf.config.list_physical_devices("GPU"):  # a member fills a GPU
         return 1
-    return processes_for([memory_need_bytes("" if m.variant.kind == "tfidf" else m.variant.encoder) for m in members])
+    return processes_for([memory_need_bytes(m.variant.encoder if m.variant.kind == "encoder" else "") for m in members])
 
 
 def _train_in_process(run_path: Path, name: str) -> None:
@@ -79,11 +88,33 @@ def _train_in_process(run_path: Path, name: str) -> None:
     _train_one(run, member, partial(Progress, in_place=False))
 
 
+def _embed(run: RunFolder, plan: Plan, variant: "VariantConfig") -> None:
+    """Embed all texts for the members of a variant, unless that is done: as float16, a third of a gigabyte at most."""
+    from emodistill.ensemble.members import embed_member_texts
+
+    piece = plan.embeddings_of(variant)
+    if piece_state(piece.folder, piece.fingerprint).is_done:
+        return
+    say(f"{variant.name}: embedding all texts with {variant.encoder}, once for all folds")
+    data = run.data
+    with run.timed(f"embeddings {variant.name}"):
+        part = start_piece(piece.folder, piece.fingerprint)
+        found = embed_member_texts(variant, resolve_encoder(variant.encoder), data.train_texts, data.evaluation_texts)
+        with (part / EMBEDDINGS_NAME).open("wb") as handle:
+            np.savez(handle, **{name: values.astype(np.float16) for name, values in found.items()})  # type: ignore[arg-type]
+        run.publish(piece.folder, piece.fingerprint, {"encoder": variant.encoder})
+
+
 def _train_one(run: RunFolder, member: MemberPlan, progress_factory: ProgressFactory = Progress) -> None:
     from emodistill.ensemble.members import train_member
 
     data = run.data
-    encoder_dir = None if member.variant.kind == "tfidf" else resolve_encoder(member.variant.encoder)
+    encoder_dir = resolve_encoder(member.variant.encoder) if member.variant.kind == "encoder" else None
+    embeddings = None
+    if member.variant.kind == "head":
+        plan = Plan(run).embeddings_of(member.variant)
+        with np.load(plan.folder / EMBEDDINGS_NAME, allow_pickle=False) as saved:
+            embeddings = {name: saved[name].astype(np.float32) for name in saved.files}
     work_dir = start_piece(member.folder, member.fingerprint)
     train_member(
         member.variant,
@@ -96,6 +127,7 @@ def _train_one(run: RunFolder, member: MemberPlan, progress_factory: ProgressFac
         evaluation_texts=data.evaluation_texts,
         work_dir=work_dir,
         fingerprint=member.fingerprint,
+        embeddings=embeddings,
         progress_factory=progress_factory,
     )
     run.publish(member.folder, member.fingerprint, {"variant": member.variant.fingerprint_parts(), "fold": member.fold})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from emodistill.distill.students import StudentConfig
     from emodistill.ensemble.variants import VariantConfig
 
-__all__ = ["MemberPlan", "Plan", "StagePlan", "encoder_identity"]
+__all__ = ["EmbeddingsPlan", "MemberPlan", "Plan", "StagePlan", "encoder_identity"]
 
 Stage = Literal["train", "combine", "distill", "export", "bench", "submit"]
 
@@ -25,6 +25,7 @@ Stage = Literal["train", "combine", "distill", "export", "bench", "submit"]
 EXAMPLES_PER_SECOND = {"minilm-l6": 170.0, "mpnet-base": 27.0}
 PREDICTION_SPEEDUP = 3.0  # a forward pass alone
 TFIDF_SECONDS_PER_THOUSAND_ROWS = 2.5
+HEAD_SECONDS_PER_THOUSAND_ROWS = 3.0
 
 ENSEMBLE_LAYOUT = 2  # counts up when the files in the ensemble's folder change
 
@@ -48,6 +49,14 @@ class MemberPlan:
     def state(self) -> Piece:
         """What is there now."""
         return piece_state(self.folder, self.fingerprint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingsPlan:
+    """All texts of the run, embedded by the encoder of variants of kind "head"."""
+
+    fingerprint: str
+    folder: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +143,16 @@ class Plan:
                     )
                 )
         return members
+
+    def embeddings_of(self, variant: "VariantConfig") -> EmbeddingsPlan:
+        """Return the embeddings that the members of a variant of kind "head" are fitted on, in all folds."""
+        data = self.run.data
+        how = {setting: getattr(variant, setting) for setting in ("pooling", "max_length_tokens", "precision")}
+        texts = fingerprint(data.train_rows, data.rows_fingerprint)
+        whole = fingerprint("embeddings", encoder_identity(variant.encoder), how, texts)
+        encoder = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(variant.encoder).name)
+        own = fingerprint(encoder_identity(variant.encoder), how)[:8]
+        return EmbeddingsPlan(fingerprint=whole, folder=self.run.embeddings_folder(f"{encoder}-{own}"))
 
     def select_members(self, only: Sequence[str] = (), folds: Sequence[int] = ()) -> list[MemberPlan]:
         """Return the members of some variants and folds; all without arguments."""
@@ -284,6 +303,8 @@ class Plan:
         n_train = len(data.train_texts) * (n_folds - 1) / n_folds
         if member.variant.kind == "tfidf":
             return TFIDF_SECONDS_PER_THOUSAND_ROWS * n_train / 1000
+        if member.variant.kind == "head":
+            return HEAD_SECONDS_PER_THOUSAND_ROWS * n_train / 1000
         speed = EXAMPLES_PER_SECOND.get(member.variant.encoder)
         if speed is None:
             return None

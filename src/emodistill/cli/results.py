@@ -199,7 +199,7 @@ def _total_size(files: Sequence[Path]) -> int | None:
 
 
 def _is_encoder(member: MemberPlan) -> bool:
-    return member.variant.kind != "tfidf"
+    return member.variant.kind == "encoder"
 
 
 # ---------------------------------------------------------------- submissions

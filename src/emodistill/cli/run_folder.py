@@ -333,6 +333,10 @@ class RunFolder:
         """Folder of one member."""
         return self.path / "members" / f"{variant}-fold{fold}"
 
+    def embeddings_folder(self, name: str) -> Path:
+        """Folder of all texts as one frozen encoder embeds them; variants of kind "head" share it."""
+        return self.path / "embeddings" / name
+
     @property
     def ensemble_folder(self) -> Path:
         """Folder of the combined ensemble."""
