@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emodistill.checkpoints import ModelCheckpoint, load_encoder_weights, save_checkpoint
+from emodistill.ensemble.augmentation import join_texts
 from emodistill.ensemble.variants import VariantConfig
 from emodistill.errors import ConfigError
 from emodistill.logits import MemberLogits, write_member_logits
@@ -91,11 +92,14 @@ def train_member(
         if encoder_dir is None:
             raise ConfigError(f"variant '{variant.name}' needs the folder of its encoder")
         valid_rows = np.flatnonzero(fold_ids == fold).astype(np.int32)
+        training_texts = [texts[i] for i in np.flatnonzero(fold_ids != fold).tolist()]
+        training_labels = labels[fold_ids != fold]
+        joined, joined_labels = join_texts(training_texts, training_labels, variant.joined_texts, variant.seed)
         valid, evaluations = _fine_tune(
             variant,
             encoder_dir,
-            [texts[i] for i in np.flatnonzero(fold_ids != fold).tolist()],
-            labels[fold_ids != fold],
+            training_texts + joined,
+            np.concatenate([training_labels, joined_labels]),
             label_names,
             {"valid": [texts[i] for i in valid_rows.tolist()], **evaluation_texts},
             work_dir,

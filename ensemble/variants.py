@@ -40,6 +40,8 @@ class VariantConfig:
         In [0, 1).
     label_smoothing
         Targets become 1 - s/2 and s/2; in [0, 1).
+    joined_texts
+        Extra training rows per row, made of two texts each (`augmentation.join_texts`); at least 0.
     pooling
         "mean" or "cls".
     max_length_tokens
@@ -70,6 +72,7 @@ class VariantConfig:
     attention_dropout_rate: float = 0.1
     classifier_dropout_rate: float = 0.1
     label_smoothing: float = 0.0
+    joined_texts: float = 0.0
     pooling: str = "mean"
     max_length_tokens: int = 128
     precision: str = "bfloat16"
@@ -91,6 +94,7 @@ class VariantConfig:
             "dropout_rate": 0 <= self.dropout_rate < 1,
             "attention_dropout_rate": 0 <= self.attention_dropout_rate < 1,
             "classifier_dropout_rate": 0 <= self.classifier_dropout_rate < 1,
+            "joined_texts": 0 <= self.joined_texts < float("inf"),
             "label_smoothing": 0 <= self.label_smoothing < 1,
             "pooling": self.pooling in POOLINGS,
             "max_length_tokens": self.max_length_tokens >= 3,

@@ -309,7 +309,8 @@ class Plan:
         if speed is None:
             return None
         n_predicted = len(data.train_texts) - n_train + sum(len(texts) for texts in data.evaluation_texts.values())
-        return n_train * member.variant.epochs / speed + n_predicted / (speed * PREDICTION_SPEEDUP)
+        n_trained = n_train * (1 + member.variant.joined_texts) * member.variant.epochs
+        return n_trained / speed + n_predicted / (speed * PREDICTION_SPEEDUP)
 
     @property
     def _all_folds(self) -> tuple[int, ...]:
