@@ -4,6 +4,7 @@ The encoder never saw a label, so its embeddings are the same for all folds; the
 its fold alone.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -19,10 +20,10 @@ from emodistill.errors import InputError
 __all__ = ["train_head_member"]
 
 HIDDEN_UNITS = 256
-N_EPOCHS = 10
+MIN_EPOCHS, MIN_STEPS = 10, 2000  # whichever takes longer
 BATCH_SIZE = 64
-WEIGHT_DECAY = 1e-4  # alpha of scikit-learn
-LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.5  # alpha of scikit-learn; with this much the logits need no calibration
+LEARNING_RATE = 3e-4
 MIN_DEVIATION = 1e-6
 
 Float32Array = npt.NDArray[np.float32]
@@ -89,13 +90,15 @@ def train_head_member(
 
 
 def _fit(features: Float32Array, truth: npt.NDArray[np.int8], seed: int) -> MLPClassifier:
+    batch_size = min(BATCH_SIZE, len(features))
+    n_epochs = max(MIN_EPOCHS, math.ceil(MIN_STEPS / math.ceil(len(features) / batch_size)))
     model = MLPClassifier(
         (HIDDEN_UNITS,),
         alpha=WEIGHT_DECAY,
-        batch_size=min(BATCH_SIZE, len(features)),
+        batch_size=batch_size,
         learning_rate_init=LEARNING_RATE,
-        max_iter=N_EPOCHS,
-        n_iter_no_change=N_EPOCHS,
+        max_iter=n_epochs,
+        n_iter_no_change=n_epochs,
         random_state=seed,
     )
     with warnings.catch_warnings():

@@ -1,8 +1,8 @@
 """What an ensemble is good and bad at: from out-of-fold logits to one JSON-ready report.
 
 All numbers are of rows that every member predicted out of fold, decided by rules that were fitted on the other folds.
-Members, leave-one-out and the curve are judged by one simple rule (uniform weights, calibrated, plug-in threshold), so
-that they compare.
+Members, leave-one-out and the curve are judged by one simple rule (uniform weights in the ensemble's space, calibrated,
+plug-in threshold), so that they compare.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emodistill.ensemble.combination import Combination, MemberLogits
-from emodistill.ensemble.referee import RULES, Referee, render_steps
+from emodistill.ensemble.referee import Recipe, Referee, render_steps
 from emodistill.ensemble.weights import selection_order
 from emodistill.errors import InputError
 from emodistill.metrics import (
@@ -28,7 +28,6 @@ __all__ = ["error_correlation", "find_label_errors", "inspect_ensemble", "likely
 
 N_SHOWN = 20
 TEXT_WIDTH = 90
-SIMPLE_RULE = RULES["shared_plug_in"]
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -107,7 +106,7 @@ def inspect_ensemble(
         "label_errors_by": found_by,
         "label_errors": [describe(*at) for at in suspects[:n_shown]],
         "co_occurrence": _co_occurrence(truth, decisions, combination.label_names),
-        "members": _member_table(simple, truth, combination.label_names),
+        "members": _member_table(simple, truth, combination),
         "leave_one_out": _leave_one_out(stack, truth, folds, names, combination, seed),
         "curve": _curve(stack, truth, folds, names, combination, seed),
         "error_correlation": {"names": names, "matrix": error_correlation(stack, truth).round(4).tolist()},
@@ -267,6 +266,10 @@ def _label_table(
     ]
 
 
+def _simple_rule(combination: Combination) -> Recipe:
+    return Recipe("uniform", "plug_in", combination.space)
+
+
 def _co_occurrence(
     truth: npt.NDArray[np.int8], decisions: npt.NDArray[np.int8], label_names: Sequence[str]
 ) -> dict[str, Any]:
@@ -276,11 +279,10 @@ def _co_occurrence(
 
 
 def _member_table(
-    referees: dict[str, Referee], truth: npt.NDArray[np.int8], label_names: Sequence[str]
+    referees: dict[str, Referee], truth: npt.NDArray[np.int8], combination: Combination
 ) -> list[dict[str, Any]]:
-    reports = {
-        name: f1_report(truth, referee.cross_fit(SIMPLE_RULE), label_names) for name, referee in referees.items()
-    }
+    rule, label_names = _simple_rule(combination), combination.label_names
+    reports = {name: f1_report(truth, referee.cross_fit(rule), label_names) for name, referee in referees.items()}
     f1 = {name: {label: v["f1"] for label, v in report["per_label"].items()} for name, report in reports.items()}
     best = {
         label: max(f1, key=lambda name: -1.0 if f1[name][label] is None else f1[name][label]) for label in label_names
@@ -309,10 +311,10 @@ def _leave_one_out(
     if len(names) < 2:
         return []
     metric = parse_metric(combination.metric, combination.label_names)
-    everyone = Referee(stack, truth, folds, metric, seed).cross_fit(SIMPLE_RULE)
+    everyone = Referee(stack, truth, folds, metric, seed).cross_fit(_simple_rule(combination))
     gains = []
     for i, name in enumerate(names):
-        without = Referee(np.delete(stack, i, axis=0), truth, folds, metric, seed).cross_fit(SIMPLE_RULE)
+        without = Referee(np.delete(stack, i, axis=0), truth, folds, metric, seed).cross_fit(_simple_rule(combination))
         gain = paired_bootstrap(truth, everyone, without, metric=metric, seed=seed)
         gains.append({"name": name, **gain.to_json()})
     return gains
@@ -332,7 +334,7 @@ def _curve(
     curve: list[dict[str, Any]] = []
     before = None
     for n_members in range(1, len(order) + 1):
-        decisions = Referee(stack[order[:n_members]], truth, folds, metric, seed).cross_fit(SIMPLE_RULE)
+        decisions = Referee(stack[order[:n_members]], truth, folds, metric, seed).cross_fit(_simple_rule(combination))
         report = f1_report(truth, decisions, combination.label_names)
         added = names[order[n_members - 1]]
         gain = None if before is None else paired_bootstrap(truth, decisions, before, metric=metric, seed=seed)

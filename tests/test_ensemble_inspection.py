@@ -14,8 +14,9 @@ from emodistill.ensemble.inspection import (
     likely_label_errors,
     render_text,
 )
+from emodistill.ensemble.referee import Recipe, Referee
 from emodistill.errors import InputError
-from emodistill.metrics import micro_f1
+from emodistill.metrics import micro_f1, parse_metric
 from emodistill.thresholds import sigmoid
 
 N_ROWS = 1500
@@ -81,6 +82,18 @@ def test_members_gains_and_curve(case: dict) -> None:
     assert gain["low"] <= gain["difference"] <= gain["high"]
     assert curve[0]["gain"] is None
     assert curve[1]["gain"] == {key: gain[key] for key in ("difference", "low", "high")}
+
+
+def test_gains_are_in_the_space_of_the_ensemble(case: dict) -> None:
+    members, truth, folds = case["members"], case["truth"], case["folds"]
+    forced = combine(members, truth, folds, NAMES, rule="uniform_probabilities")
+    report = inspect_ensemble(members, truth, folds, forced)
+    stack = np.stack([member.oof for member in members])
+    decisions = Referee(stack, truth, folds, parse_metric("micro_f1"), 0).cross_fit(
+        Recipe("uniform", "plug_in", "probabilities")
+    )
+    assert report["curve"][-1]["micro_f1"] == pytest.approx(micro_f1(truth, decisions))
+    assert report["curve"][-1]["micro_f1"] != case["report"]["curve"][-1]["micro_f1"]
 
 
 def test_co_occurrence_counts_rows_with_both(case: dict) -> None:
