@@ -12,20 +12,18 @@ from threadpoolctl import threadpool_limits
 
 from emodistill.errors import InputError
 from emodistill.metrics import LabelCounts, Metric, score_counts
-from emodistill.thresholds import sigmoid
+from emodistill.thresholds import probabilities_to_logits, sigmoid
 
 __all__ = [
     "SPACES",
     "average_logits",
     "greedy_weights",
-    "probabilities_to_logits",
     "selection_order",
     "stacked_weights",
     "uniform_weights",
 ]
 
 SPACES = ("logits", "probabilities")
-PROBABILITY_MARGIN = 1e-6
 GREEDY_ROUNDS = 30
 # Logits are binned to score every threshold at once; outside ±8 (probability 0.0003) no threshold is of use.
 BIN_LIMIT, BINS_PER_LOGIT = 8.0, 20
@@ -78,27 +76,6 @@ def average_logits(stack: Float32Array, weights: Float64Array, *, space: str = "
     if space == "probabilities":
         return probabilities_to_logits(_average(sigmoid(stack), weights))
     return _average(stack, weights)
-
-
-def probabilities_to_logits(probabilities: npt.ArrayLike) -> Float32Array:
-    """Turn probabilities into logits, keeping them 1e-6 away from 0 and 1.
-
-    Parameters
-    ----------
-    probabilities : array-like of float, any shape, in [0, 1]
-
-    Returns
-    -------
-    float32 array of the same shape, within about ±13.8
-
-    Examples
-    --------
-    >>> probabilities_to_logits([0.5, 1.0]).round(2).tolist()
-    [0.0, 13.819999694824219]
-    """
-    clipped = np.clip(np.asarray(probabilities, np.float64), PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
-    logits: Float32Array = (np.log(clipped) - np.log1p(-clipped)).astype(np.float32)
-    return logits
 
 
 def greedy_weights(

@@ -8,14 +8,13 @@ from emodistill.ensemble import weights as weights_module
 from emodistill.ensemble.weights import (
     average_logits,
     greedy_weights,
-    probabilities_to_logits,
     selection_order,
     stacked_weights,
     uniform_weights,
 )
 from emodistill.errors import InputError
 from emodistill.metrics import micro_f1, parse_metric
-from emodistill.thresholds import decide, search_shared_threshold, sigmoid
+from emodistill.thresholds import decide, probabilities_to_logits, search_shared_threshold, sigmoid
 
 MICRO = parse_metric("micro_f1")
 

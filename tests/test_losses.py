@@ -10,7 +10,7 @@ tf = pytest.importorskip("tensorflow")
 
 from emodistill.distill.losses import distillation_loss, soft_targets  # noqa: E402
 from emodistill.losses import binary_cross_entropy  # noqa: E402
-from emodistill.teacher import probabilities_to_logits  # noqa: E402
+from emodistill.thresholds import probabilities_to_logits  # noqa: E402
 
 D17 = json.loads((Path(__file__).parent / "cases" / "D17_numbers.json").read_text())
 

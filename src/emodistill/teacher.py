@@ -16,11 +16,10 @@ import numpy.typing as npt
 
 from emodistill.errors import InputError
 from emodistill.formats import MISSING, ProblemList, open_rows
+from emodistill.thresholds import probabilities_to_logits
 
-__all__ = ["TEACHER_SCALES", "TeacherLogits", "probabilities_to_logits", "read_teacher_logits"]
+__all__ = ["TeacherLogits", "read_teacher_logits"]
 
-TEACHER_SCALES = ("logits", "probabilities")
-SMALLEST_PROBABILITY = 1e-6
 KEY_COLUMNS = ("id", "text")
 
 Float32Array = npt.NDArray[np.float32]
@@ -83,15 +82,6 @@ def read_teacher_logits(path: Path, label_names: Sequence[str], *, scale: str = 
             )
     logits = probabilities_to_logits(numbers) if scale == "probabilities" else numbers.astype(np.float32)
     return TeacherLogits(path=path, key=key, rows=rows, logits=logits)
-
-
-def probabilities_to_logits(probabilities: npt.ArrayLike) -> Float32Array:
-    """Return finite logits of probabilities, so that a teacher that saved those alone can be softened, too.
-
-    Values are clipped to [1e-6, 1 - 1e-6]: a probability of exactly 1 becomes the logit 13.8, not infinity.
-    """
-    clipped = np.clip(np.asarray(probabilities, np.float64), SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY)
-    return (np.log(clipped) - np.log1p(-clipped)).astype(np.float32)
 
 
 def _check_scale(path: Path, numbers: npt.NDArray[np.float64], scale: str) -> None:

@@ -20,12 +20,14 @@ __all__ = [
     "cross_fit",
     "decide",
     "plug_in_thresholds",
+    "probabilities_to_logits",
     "search_label_thresholds",
     "search_shared_threshold",
     "sigmoid",
 ]
 
 DEFAULT_THRESHOLD = 0.5
+PROBABILITY_MARGIN = 1e-6
 SHRINKAGE_POSITIVES = 200.0
 MAX_ROUNDS = 50  # of the ratio iteration below, which converges superlinearly: 3 to 6 are usual
 
@@ -51,6 +53,27 @@ def sigmoid(logits: npt.ArrayLike) -> Float32Array:
     half = 0.5 * np.asarray(logits, dtype=np.float64)
     probabilities: Float32Array = (0.5 + 0.5 * np.tanh(half)).astype(np.float32)  # never overflows
     return probabilities
+
+
+def probabilities_to_logits(probabilities: npt.ArrayLike) -> Float32Array:
+    """Turn probabilities into logits, keeping them 1e-6 away from 0 and 1.
+
+    Parameters
+    ----------
+    probabilities : array-like of float, any shape, in [0, 1]
+
+    Returns
+    -------
+    float32 array of the same shape, within about ±13.8
+
+    Examples
+    --------
+    >>> probabilities_to_logits([0.5, 1.0]).round(2).tolist()
+    [0.0, 13.819999694824219]
+    """
+    clipped = np.clip(np.asarray(probabilities, np.float64), PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
+    logits: Float32Array = (np.log(clipped) - np.log1p(-clipped)).astype(np.float32)
+    return logits
 
 
 def decide(probabilities: npt.ArrayLike, thresholds: npt.ArrayLike) -> npt.NDArray[np.int8]:
