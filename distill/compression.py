@@ -27,8 +27,8 @@ from tensorflow_model_optimization.sparsity.keras import PolynomialDecay
 
 from emodistill.checkpoints import Weights
 from emodistill.classifier_training import Trainee
+from emodistill.distill.observation import evenly_spaced, states_by_batch
 from emodistill.encoder_config import EncoderConfig
-from emodistill.training import pad_batch
 
 __all__ = [
     "Clustered",
@@ -91,8 +91,7 @@ class QuantizationAware:
         self.ranges: dict[str, tuple[float, float]] = {}
 
     def __call__(self, classifier: keras.Model, used_pieces: NDArray[np.int32], token_ids: TokenIds) -> Trainee:
-        spaced = np.linspace(0, len(token_ids) - 1, min(_CALIBRATION_TEXTS, len(token_ids))).astype(int)
-        seen = self._observe(classifier, [token_ids[i] for i in spaced])
+        seen = self._observe(classifier, evenly_spaced(token_ids, _CALIBRATION_TEXTS))
         kernels = {name: classifier.get_layer(name).kernel for name in self._names}
         model, wrappers = _wrap(classifier, _QuantizedDense)
         for name, wrapper in wrappers.items():
@@ -112,11 +111,9 @@ class QuantizationAware:
         """Return the extremes, 0 included, of what enters each layer in a few texts."""
         observer = keras.Model(classifier.inputs, {name: classifier.get_layer(name).input for name in self._names})
         ends = dict.fromkeys(self._names, (0.0, 0.0))
-        for start in range(0, len(token_ids), 32):
-            ids, mask = pad_batch(token_ids[start : start + 32], self._pad_token_id)
-            for name, value in observer([ids, mask], training=False).items():
-                real = value.numpy()[mask.ravel() == 1]
-                ends[name] = (min(ends[name][0], float(real.min())), max(ends[name][1], float(real.max())))
+        for states in states_by_batch(observer, token_ids, self._pad_token_id):
+            for name, rows in states.items():
+                ends[name] = (min(ends[name][0], float(rows.min())), max(ends[name][1], float(rows.max())))
         return ends
 
 

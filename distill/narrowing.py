@@ -16,17 +16,16 @@ import tf_keras as keras
 from numpy.typing import NDArray
 
 from emodistill.checkpoints import Weights
+from emodistill.distill.observation import evenly_spaced, states_by_batch
 from emodistill.encoder_config import EncoderConfig
 from emodistill.encoder_graph import build_classifier, set_weights
 from emodistill.errors import ConfigError
-from emodistill.training import pad_batch
 
 __all__ = ["narrow_encoder"]
 
 Matrix = NDArray[np.float64]
 
 _SAMPLE_TEXTS = 256
-_BATCH = 32
 
 
 def narrow_encoder(
@@ -62,8 +61,7 @@ def narrow_encoder(
         intermediate_size=round(config.intermediate_size * hidden_size / config.hidden_size),
         embedding_size=config.embedding_size if config.embedding_size != config.hidden_size else hidden_size,
     )
-    spaced = np.linspace(0, len(token_ids) - 1, min(_SAMPLE_TEXTS, len(token_ids))).astype(int)
-    states = _observe(config, weights, [token_ids[i] for i in spaced])
+    states = _observe(config, weights, evenly_spaced(token_ids, _SAMPLE_TEXTS))
     norms = ["embeddings_norm"]
     norms += [f"layer_{i}_{part}_norm" for i in range(config.n_layers) for part in ("attention", "output")]
     basis = _basis([states[name] for name in norms], hidden_size)
@@ -170,10 +168,5 @@ def _observe(config: EncoderConfig, weights: Weights, token_ids: Sequence[NDArra
         names += [f"layer_{i}_{part}" for part in ("attention", "attention_residual", "attention_norm", "gelu")]
         names += [f"layer_{i}_{part}" for part in ("output_residual", "output_norm")]
     observer = keras.Model(model.inputs, {name: model.get_layer(name).output for name in names})
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in names}
-    ordered = sorted(token_ids, key=len)
-    for start in range(0, len(ordered), _BATCH):
-        ids, mask = pad_batch(ordered[start : start + _BATCH], config.pad_token_id)
-        for name, value in observer([ids, mask], training=False).items():
-            parts[name].append(value.numpy()[mask.ravel() == 1])
-    return {name: np.concatenate(rows).astype(np.float64) for name, rows in parts.items()}
+    batches = list(states_by_batch(observer, sorted(token_ids, key=len), config.pad_token_id))
+    return {name: np.concatenate([states[name] for states in batches]).astype(np.float64) for name in names}
