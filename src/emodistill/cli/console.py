@@ -15,7 +15,6 @@ import click
 
 from emodistill.artifacts import Piece
 from emodistill.errors import MissingExtraError
-from emodistill.runtime import usable_cores
 
 __all__ = ["Outcome", "load_training_libraries", "say", "silent_descriptor", "what_now"]
 
@@ -54,7 +53,7 @@ def load_training_libraries() -> None:
     with silent_descriptor(sys.stderr, 2):
         tensorflow = import_module("tensorflow")
         import_module("tf_keras")
-        import_module("emodistill.training").use_cores(usable_cores())
+        import_module("emodistill.training").use_cores(import_module("emodistill.runtime").usable_cores())
         tensorflow.config.list_physical_devices()
 
 

@@ -112,8 +112,8 @@ def _train_one(run: RunFolder, member: MemberPlan, progress_factory: ProgressFac
     encoder_dir = resolve_encoder(member.variant.encoder) if member.variant.kind == "encoder" else None
     embeddings = None
     if member.variant.kind == "head":
-        plan = Plan(run).embeddings_of(member.variant)
-        with np.load(plan.folder / EMBEDDINGS_NAME, allow_pickle=False) as saved:
+        piece = Plan(run).embeddings_of(member.variant)
+        with np.load(piece.folder / EMBEDDINGS_NAME, allow_pickle=False) as saved:
             embeddings = {name: saved[name].astype(np.float32) for name in saved.files}
     work_dir = start_piece(member.folder, member.fingerprint)
     train_member(

@@ -23,7 +23,7 @@ from emodistill.teacher import read_teacher_logits
 if TYPE_CHECKING:
     from emodistill.distill.students import StudentConfig
 
-__all__ = ["ENSEMBLE_TEACHER", "distill", "export"]
+__all__ = ["distill", "export"]
 
 ENSEMBLE_TEACHER = "ensemble"  # what --teacher-logits says to go back to the run's own
 
