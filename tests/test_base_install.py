@@ -27,6 +27,7 @@ TRAIN = {
     "onnx",
     "sklearn",
     "scipy",
+    "threadpoolctl",
     "transformers",
     "safetensors",
     "matplotlib",
