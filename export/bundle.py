@@ -179,7 +179,6 @@ def export_bundle(
     thresholds: Sequence[float] | None = None,
     calibration: tuple[Sequence[float], Sequence[float]] | None = None,
     range_texts: Sequence[str] | None = None,
-    activation_ranges: Mapping[str, ActivationRange] | None = None,
     card: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
@@ -201,9 +200,8 @@ def export_bundle(
     calibration
         (scale, bias), one number per label each: probability = sigmoid(scale * logit + bias).
     range_texts
-        Texts for fixed activation ranges; by default the first of `held_out_texts`.
-    activation_ranges
-        Ranges from training, instead of observing them.
+        Texts for fixed activation ranges; by default the first of `held_out_texts`. A student that was trained for
+        int8 brings its ranges along (activation_ranges.json in `checkpoint_dir`), and these texts are not asked.
     card
         Paragraphs of the model card by heading ("Data", "Training", "Licence", ...), and "title" and "license".
     say
@@ -233,7 +231,6 @@ def export_bundle(
         thresholds=thresholds,
         calibration=calibration,
         range_texts=range_texts,
-        activation_ranges=activation_ranges,
         card=card,
         say=say,
     )
@@ -253,7 +250,6 @@ def write_bundle(
     thresholds: Sequence[float] | None = None,
     calibration: tuple[Sequence[float], Sequence[float]] | None = None,
     range_texts: Sequence[str] | None = None,
-    activation_ranges: Mapping[str, ActivationRange] | None = None,
     card: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
@@ -274,6 +270,7 @@ def write_bundle(
     chooser = _ThresholdChooser(held_out_labels, thresholds, calibration, settings.shared_threshold)
     gate = _Gate(checkpoint, settings, token_ids, held_out_labels, reference.logits(token_ids), chooser)
 
+    activation_ranges = _trained_ranges(checkpoint_dir)
     if activation_ranges is None and "int8-static" in settings.fast_precisions:
         rows = token_ids if range_texts is None else encode(tokenizer, range_texts, checkpoint.max_length_tokens)
         activation_ranges = _observe(checkpoint, rows[: settings.n_range_texts])
@@ -353,6 +350,14 @@ def write_minimal_bundle(bundle_dir: Path | str, target: Path | str) -> Path:
 
 
 # ---------------------------------------------------------------- graphs
+
+
+def _trained_ranges(checkpoint_dir: Path) -> dict[str, ActivationRange] | None:
+    """Return the ranges that a student trained for int8 brings along, None for any other checkpoint."""
+    path = checkpoint_dir / "activation_ranges.json"
+    if not path.is_file():
+        return None
+    return {name: ActivationRange(*ends) for name, ends in read_json(path).items()}
 
 
 def _observe(checkpoint: ModelCheckpoint, token_ids: Sequence[TokenIds]) -> dict[str, ActivationRange]:

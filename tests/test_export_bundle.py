@@ -13,6 +13,7 @@ pytest.importorskip("tensorflow")
 pytest.importorskip("tf2onnx")
 
 from emodistill.checkpoints import load_checkpoint  # noqa: E402
+from emodistill.distill.compression import input_names  # noqa: E402
 from emodistill.errors import ConfigError, InputError, VerificationError  # noqa: E402
 from emodistill.export.bundle import ExportSettings, build_fast, export_bundle, write_minimal_bundle  # noqa: E402
 from emodistill.export.portable import KerasReference  # noqa: E402
@@ -249,6 +250,25 @@ def test_an_earlier_bundle_is_replaced_whole(exported, checkpoint_dir, tmp_path)
     assert not (target / "old.txt").exists()
     assert not (target / "onnx/model.onnx").exists()
     assert Classifier.load(target).thresholds.tolist() == [0.5] * 7  # no labels: nothing to search on
+
+
+def test_ranges_from_training_are_the_graphs_ranges(checkpoint_dir, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(checkpoint_dir, student)
+    checkpoint = load_checkpoint(student)
+    names = {name for group in input_names(checkpoint.config, checkpoint.pooling).values() for name in group}
+    (student / "activation_ranges.json").write_text(json.dumps({name: [-5.0, 46.0] for name in names}))
+    settings = ExportSettings(
+        limits=LENIENT, n_latency_texts=4, with_portable=False, fast_precisions=("int8-static", "fp32")
+    )
+    export_bundle(student, tmp_path / "b", held_out_texts=TEXTS, settings=settings)
+    graph = onnx.load(tmp_path / "b/onnx/model_fast.onnx").graph
+    scales = {t.name: onnx.numpy_helper.to_array(t).item() for t in graph.initializer if t.name.endswith(".scale")}
+    zeros = {t.name: onnx.numpy_helper.to_array(t).item() for t in graph.initializer if t.name.endswith(".zero_point")}
+    assert {name.removesuffix(".scale") for name in scales} <= names
+    assert len(scales) >= 4 * checkpoint.config.n_layers
+    np.testing.assert_allclose(list(scales.values()), 51 / 255, rtol=1e-6)
+    assert set(zeros.values()) == {25}
 
 
 def test_given_thresholds_are_kept(checkpoint_dir, tmp_path):
