@@ -52,6 +52,7 @@ def test_probabilities_become_finite_logits(tmp_path: Path) -> None:
         read_teacher_logits(path, LABELS)
     logits = read_teacher_logits(path, LABELS, scale="probabilities").logits
     np.testing.assert_allclose(logits, [[-13.8155, 13.8155], [0.0, np.log(1 / 3)]], rtol=1e-4)
+    assert read_teacher_logits(path, LABELS, scale="logits").logits[1].tolist() == [0.5, 0.25]
     with pytest.raises(InputError, match="are no probabilities: leave --teacher-scale out"):
         read_teacher_logits(write(tmp_path / "t.csv"), LABELS, scale="probabilities")
 

@@ -52,7 +52,7 @@ class TeacherLogits:
         return known, self.logits[positions[known]]
 
 
-def read_teacher_logits(path: Path, label_names: Sequence[str], *, scale: str = "logits") -> TeacherLogits:
+def read_teacher_logits(path: Path, label_names: Sequence[str], *, scale: str | None = None) -> TeacherLogits:
     """Read a teacher's file.
 
     Parameters
@@ -61,8 +61,9 @@ def read_teacher_logits(path: Path, label_names: Sequence[str], *, scale: str = 
         Its suffix names the format: .csv, .tsv, .jsonl, .parquet or .npz.
     label_names : sequence of str
         Labels that are wanted; further columns are ignored.
-    scale : str
-        What the numbers are: "logits", or "probabilities" in [0, 1], which become logits.
+    scale : str, optional
+        What the numbers are: "logits", or "probabilities" in [0, 1], which become logits. Left out, they are taken for
+        logits unless all lie within 0 and 1: that is refused.
 
     Raises
     ------
@@ -84,14 +85,15 @@ def read_teacher_logits(path: Path, label_names: Sequence[str], *, scale: str = 
     return TeacherLogits(path=path, key=key, rows=rows, logits=logits)
 
 
-def _check_scale(path: Path, numbers: npt.NDArray[np.float64], scale: str) -> None:
+def _check_scale(path: Path, numbers: npt.NDArray[np.float64], scale: str | None) -> None:
     low, high = (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
     within = low >= 0 and high <= 1
     if scale == "probabilities" and not within:
         raise InputError(f"{path}: numbers from {low:g} to {high:g} are no probabilities: leave --teacher-scale out")
-    if scale == "logits" and within and numbers.size:
+    if scale is None and within and numbers.size:
         raise InputError(
-            f"{path}: all numbers lie between 0 and 1, which logits hardly do: say --teacher-scale probabilities"
+            f"{path}: all numbers lie between 0 and 1, which logits hardly do: say --teacher-scale probabilities, "
+            "or logits if that is what they are"
         )
 
 

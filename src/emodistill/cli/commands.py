@@ -165,14 +165,12 @@ def combine(folder: Path, metric: str | None, rule: str | None, as_json: bool) -
 @click.option(
     "--teacher-scale",
     type=click.Choice(["logits", "probabilities"]),
-    default="logits",
-    show_default=True,
-    help="What the numbers of the teacher's file are.",
+    help="What the numbers of the teacher's file are.  [default: logits, if not all lie within 0 and 1]",
 )
 @_data_options
 @_json_option
 def distill(
-    folder: Path, only: str | None, teacher_logits: str | None, teacher_scale: str, as_json: bool, **options: Any
+    folder: Path, only: str | None, teacher_logits: str | None, teacher_scale: str | None, as_json: bool, **options: Any
 ) -> None:
     """Train the students of a run on the ensemble's out-of-fold predictions and on unlabeled text.
 

@@ -274,13 +274,13 @@ class RunFolder:
         return [Path(folder) for folder in self._record["reuse"]]
 
     @property
-    def teacher_file(self) -> tuple[Path, str] | None:
+    def teacher_file(self) -> tuple[Path, str | None] | None:
         """The file that teaches the students in place of the ensemble, and the scale of its numbers."""
         entry = self._record.get("teacher")
         return None if entry is None else (Path(entry["path"]), entry["scale"])
 
     @teacher_file.setter
-    def teacher_file(self, value: tuple[Path, str] | None) -> None:
+    def teacher_file(self, value: tuple[Path, str | None] | None) -> None:
         self._record["teacher"] = value and {"path": str(value[0].resolve()), "scale": value[1]}
 
     @property

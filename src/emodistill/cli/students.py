@@ -47,7 +47,7 @@ class _Teacher:
 
 
 def distill(
-    run: RunFolder, *, only: Sequence[str] = (), teacher_logits: str | None = None, teacher_scale: str = "logits"
+    run: RunFolder, *, only: Sequence[str] = (), teacher_logits: str | None = None, teacher_scale: str | None = None
 ) -> Outcome:
     """Train the students that are missing or stale on what the ensemble, or a file of logits, says."""
     from emodistill.distill.students import train_student
@@ -115,7 +115,7 @@ def _ensemble_teacher(plan: Plan) -> _Teacher:
     )
 
 
-def _file_teacher(plan: Plan, path: Path, scale: str) -> _Teacher:
+def _file_teacher(plan: Plan, path: Path, scale: str | None) -> _Teacher:
     """Match a file's rows with those of train, all of which it must know, and of unlabeled."""
     data = plan.run.data
     logits = read_teacher_logits(path, data.label_names, scale=scale)
