@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from emodistill.cli.side_by_side import processes_for, train_side_by_side
+from emodistill.cli.side_by_side import gpu_free_bytes, processes_for, train_side_by_side
 from emodistill.errors import InputError, TrainingError
 
 GIB = 1024**3
@@ -58,6 +58,27 @@ def tick(path: Path, _name: str) -> None:
 )
 def test_as_many_as_cores_and_memory_allow(needs: list[int], cores: int, available: int, expected: int) -> None:
     assert processes_for(needs, n_cores=cores, available_bytes=available) == expected
+
+
+def test_the_fullest_gpu_decides_and_no_gpu_has_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_free_bytes() == 0
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 80000\necho 6144\n")
+    tool.chmod(0o755)
+    assert gpu_free_bytes() == 6 * GIB
+    tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    assert gpu_free_bytes() == 0
+
+
+def test_a_batch_goes_to_a_gpu_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    tf = pytest.importorskip("tensorflow")
+    from emodistill import training
+
+    monkeypatch.setattr(tf.config.threading, "get_inter_op_parallelism_threads", lambda: 4)
+    assert training._cores_side_by_side() == 4
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind])
+    assert training._cores_side_by_side() == 1
 
 
 def test_work_runs_side_by_side_on_a_share_of_the_cores(tmp_path: Path) -> None:

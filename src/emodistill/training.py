@@ -352,6 +352,8 @@ def _step_function(model: keras.Model, loss: Loss, optimizer: AdamW, seed: int) 
 
 
 def _cores_side_by_side() -> int:
+    if tf.config.list_physical_devices("GPU"):  # parts are for cores; a GPU takes a batch at once
+        return 1
     return int(tf.config.threading.get_inter_op_parallelism_threads()) or 1
 
 

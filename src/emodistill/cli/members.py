@@ -11,7 +11,13 @@ from emodistill.artifacts import piece_state, start_piece
 from emodistill.cli.console import Outcome, load_training_libraries, say, what_now
 from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
-from emodistill.cli.side_by_side import WORTH_A_PROCESS_S, memory_need_bytes, processes_for, train_side_by_side
+from emodistill.cli.side_by_side import (
+    WORTH_A_PROCESS_S,
+    gpu_free_bytes,
+    memory_need_bytes,
+    processes_for,
+    train_side_by_side,
+)
 from emodistill.cli.tables import format_table
 from emodistill.encoders import resolve_encoder
 from emodistill.errors import ArtifactError, EmodistillError
@@ -75,9 +81,13 @@ def _n_processes(run: RunFolder, plan: Plan, members: Sequence[MemberPlan]) -> i
     import tensorflow as tf
 
     long_ones = [m for m in members if (plan.member_seconds(m) or 0.0) > WORTH_A_PROCESS_S]
-    if len(long_ones) < 2 or tf.config.list_physical_devices("GPU"):  # a member fills a GPU
+    if len(long_ones) < 2:
         return 1
-    return processes_for([memory_need_bytes(m.variant.encoder if m.variant.kind == "encoder" else "") for m in members])
+    needs = [memory_need_bytes(m.variant.encoder if m.variant.kind == "encoder" else "") for m in members]
+    n_processes = processes_for(needs)
+    if tf.config.list_physical_devices("GPU"):
+        n_processes = min(n_processes, processes_for(needs, available_bytes=gpu_free_bytes()))
+    return n_processes
 
 
 def _train_in_process(run_path: Path, name: str) -> None:

@@ -6,6 +6,7 @@ core each together train 1.1 to 1.2 times the rows of one member on two cores; w
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -21,13 +22,14 @@ from emodistill.encoders import resolve_encoder
 from emodistill.errors import EmodistillError, TrainingError
 from emodistill.runtime import usable_cores
 
-__all__ = ["WORTH_A_PROCESS_S", "memory_need_bytes", "processes_for", "train_side_by_side"]
+__all__ = ["WORTH_A_PROCESS_S", "gpu_free_bytes", "memory_need_bytes", "processes_for", "train_side_by_side"]
 
 GIB = 1024**3
 BASE_MEMORY_BYTES = 2 * GIB  # the libraries, and the activations of a batch
 COPIES_OF_WEIGHTS = 6  # weights, gradient, two moments, and those in use while loading and saving
 WORTH_A_PROCESS_S = 45.0  # a process takes several seconds to load the training libraries
 WATCH_INTERVAL_S = 1.0
+GROWTH_VARIABLE = "TF_FORCE_GPU_ALLOW_GROWTH"  # or the first process takes the whole memory of a GPU
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 
@@ -57,6 +59,16 @@ def processes_for(needs_bytes: Sequence[int], *, n_cores: int | None = None, ava
     available = _available_bytes() if available_bytes is None else available_bytes
     together = np.cumsum(sorted(needs_bytes, reverse=True))  # the largest may meet
     return max(1, min(cores, len(needs_bytes), int(np.searchsorted(together, available, "right"))))
+
+
+def gpu_free_bytes() -> int:
+    """Return the free memory of the fullest GPU, from nvidia-smi; 0 where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return min(int(line) for line in answer.splitlines() if line.strip()) * 1024**2
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return 0
 
 
 def train_side_by_side(
@@ -92,7 +104,7 @@ def train_side_by_side(
                 clock.enter_context(timed(name))
                 process = context.Process(target=_work_in_process, args=(work, name, os.getpid()), daemon=True)
                 running[process] = (name, clock)
-                with _environment(dict.fromkeys(THREAD_VARIABLES, threads)):
+                with _environment({**dict.fromkeys(THREAD_VARIABLES, threads), GROWTH_VARIABLE: "true"}):
                     process.start()
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
