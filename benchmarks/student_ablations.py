@@ -10,6 +10,7 @@ each with its own --only, may share the folder.
 """
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +22,26 @@ import numpy.typing as npt
 
 from emodistill.artifacts import read_json, write_json
 from emodistill.benchmarks.machine import machine_record
+from emodistill.checkpoints import load_checkpoint
 from emodistill.data import Dataset, read_dataset
 from emodistill.distill.students import STUDENT_PRESETS, StudentConfig, train_student
 from emodistill.encoders import resolve_encoder
 from emodistill.errors import InputError
+from emodistill.export.bundle import build_fast, fixed_ranges
+from emodistill.export.verification import Session
 from emodistill.folds import assign_folds
 from emodistill.logits import ModelLogits, read_model_logits
 from emodistill.metrics import f1_report, paired_bootstrap
 from emodistill.runtime import usable_cores
 from emodistill.thresholds import decide, search_shared_threshold, sigmoid
+from emodistill.tokenization import encode, load_tokenizer
 from emodistill.training import use_cores
 
 __all__ = ["TREATMENTS", "Treatment", "choose_transfer", "decide_across", "measure_treatments"]
 
 EPOCHS = 2  # of train and as many unlabeled texts; 4 of train alone are as many updates
+_SECOND_TRAINING = ("compression", "sparsity", "n_clusters")
+_RANGE_TEXTS = 500
 _SPLIT_SEED = 20_261_125
 _RESAMPLING_SEED = 3
 
@@ -150,7 +157,8 @@ def measure_treatments(
     Returns
     -------
     dict
-        By treatment: F1 on the other half, seconds, and the paired difference from its baseline where that is there.
+        By treatment: F1 on the other half of the float32 weights and of the int8 graph, seconds, and the paired
+        differences from its baseline where that is there.
 
     Raises
     ------
@@ -168,6 +176,8 @@ def measure_treatments(
         if treatment.teacher >= len(teachers) or (folder / "ablation.json").is_file():
             continue
         teacher = teachers[treatment.teacher]
+        if "compression" in treatment.changes:
+            _take_first_training(work / "baseline", folder)
         answers = teacher.averages.get("unlabeled", teacher.oof[:0])[: len(unlabeled)]
         chosen = choose_transfer(treatment.transfer, unlabeled[: len(answers)], answers, len(taught))
         student = _student(treatment)
@@ -183,27 +193,57 @@ def measure_treatments(
             label_names=train.label_names,
             evaluation_texts={"scored": [train.texts[row] for row in scored]},
             work_dir=folder,
-            fingerprint=name,
+            fingerprint=_first_training(treatment),
         )
+        int8 = _int8_logits(folder, [train.texts[row] for row in taught], [train.texts[row] for row in scored])
+        np.save(folder / "int8.npy", int8.astype(np.float16))
         write_json(folder / "ablation.json", {"treatment": name, "seconds": round(perf_counter() - began, 1)})
     decisions: dict[str, Decisions] = {}
+    in_int8: dict[str, Decisions] = {}
     table: dict[str, Any] = {}
     for path in sorted(work.glob("*/ablation.json")):
         record = read_json(path)
         with np.load(path.parent / "logits.npz", allow_pickle=False) as saved:
             decisions[record["treatment"]] = decide_across(truth, saved["scored"].astype(np.float32))
+        in_int8[record["treatment"]] = decide_across(truth, np.load(path.parent / "int8.npy").astype(np.float32))
         table[record["treatment"]] = record
     for name, entry in table.items():
         report = f1_report(truth, decisions[name], train.label_names)
         entry |= {"micro_f1": round(report["micro_f1"], 4), "macro_f1": round(report["macro_f1"], 4)}
+        entry["int8_micro_f1"] = round(f1_report(truth, in_int8[name], train.label_names)["micro_f1"], 4)
         base = TREATMENTS[name].baseline
         if base != name and base in decisions:
             difference = paired_bootstrap(truth, decisions[name], decisions[base]).to_json()
             entry |= {"baseline": base, "micro_f1_minus_baseline": difference}
             macro = paired_bootstrap(truth, decisions[name], decisions[base], metric="macro_f1").to_json()
             entry["macro_f1_minus_baseline"] = macro
+            int8 = paired_bootstrap(truth, in_int8[name], in_int8[base]).to_json()
+            entry["int8_micro_f1_minus_baseline"] = int8
     order = [name for name in TREATMENTS if name in table]
     return {"n_taught": len(taught), "n_scored": len(scored), "treatments": [table[name] for name in order]}
+
+
+def _first_training(treatment: Treatment) -> str:
+    """Name what decides on the weights before a second training."""
+    changes = {setting: value for setting, value in treatment.changes.items() if setting not in _SECOND_TRAINING}
+    return f"{changes} {treatment.transfer} {treatment.teacher}"
+
+
+def _take_first_training(finished: Path, folder: Path) -> None:
+    """Let a treatment that is a second training go on from the end of the baseline's first."""
+    if (finished / "ablation.json").is_file() and not (folder / "checkpoint.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.safetensors", "metrics.jsonl"):
+            shutil.copyfile(finished / name, folder / name)
+
+
+def _int8_logits(folder: Path, seen: Sequence[str], texts: Sequence[str]) -> Float32Array:
+    """Ask the fast int8 graph, with fixed ranges from training or from texts that were trained on."""
+    checkpoint, tokenizer = load_checkpoint(folder), load_tokenizer(folder)
+    length = checkpoint.max_length_tokens
+    ranges = fixed_ranges(folder, checkpoint, encode(tokenizer, seen[:_RANGE_TEXTS], length))
+    session = Session(build_fast(checkpoint, "int8-static", activation_ranges=ranges))
+    return session.logits(encode(tokenizer, texts, length))
 
 
 def _student(treatment: Treatment) -> StudentConfig:

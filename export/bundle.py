@@ -60,6 +60,7 @@ __all__ = [
     "ExportSettings",
     "build_fast",
     "export_bundle",
+    "fixed_ranges",
     "write_bundle",
     "write_minimal_bundle",
 ]
@@ -270,10 +271,10 @@ def write_bundle(
     chooser = _ThresholdChooser(held_out_labels, thresholds, calibration, settings.shared_threshold)
     gate = _Gate(checkpoint, settings, token_ids, held_out_labels, reference.logits(token_ids), chooser)
 
-    activation_ranges = _trained_ranges(checkpoint_dir)
-    if activation_ranges is None and "int8-static" in settings.fast_precisions:
+    activation_ranges = None
+    if "int8-static" in settings.fast_precisions:
         rows = token_ids if range_texts is None else encode(tokenizer, range_texts, checkpoint.max_length_tokens)
-        activation_ranges = _observe(checkpoint, rows[: settings.n_range_texts])
+        activation_ranges = fixed_ranges(checkpoint_dir, checkpoint, rows[: settings.n_range_texts])
     float_twin = Session(build_fast(checkpoint, "fp32"))
     graphs: dict[str, dict[str, Any]] = {}
     if settings.with_portable:
@@ -352,15 +353,21 @@ def write_minimal_bundle(bundle_dir: Path | str, target: Path | str) -> Path:
 # ---------------------------------------------------------------- graphs
 
 
-def _trained_ranges(checkpoint_dir: Path) -> dict[str, ActivationRange] | None:
-    """Return the ranges that a student trained for int8 brings along, None for any other checkpoint."""
+def fixed_ranges(
+    checkpoint_dir: Path, checkpoint: ModelCheckpoint, token_ids: Sequence[TokenIds]
+) -> dict[str, ActivationRange]:
+    """Return the ranges that a student trained for int8 brings along, or those that are seen on some texts.
+
+    Parameters
+    ----------
+    checkpoint_dir, checkpoint
+        Folder and content.
+    token_ids
+        Texts to look at, int32 (n_tokens,) each.
+    """
     path = checkpoint_dir / "activation_ranges.json"
-    if not path.is_file():
-        return None
-    return {name: ActivationRange(*ends) for name, ends in read_json(path).items()}
-
-
-def _observe(checkpoint: ModelCheckpoint, token_ids: Sequence[TokenIds]) -> dict[str, ActivationRange]:
+    if path.is_file():
+        return {name: ActivationRange(*ends) for name, ends in read_json(path).items()}
     model = build_fused(
         checkpoint.config,
         checkpoint.weights,

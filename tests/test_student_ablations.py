@@ -44,7 +44,8 @@ def test_a_half_is_decided_at_the_threshold_of_the_other() -> None:
 
 
 def test_differences_are_to_the_treatments_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip("tensorflow_model_optimization")
+    pytest.importorskip("onnx")
     encoder = write_encoder_folder(tmp_path / "encoder")
     monkeypatch.setattr(student_ablations, "resolve_encoder", lambda name: encoder)
     monkeypatch.setattr(
@@ -53,6 +54,7 @@ def test_differences_are_to_the_treatments_baseline(tmp_path: Path, monkeypatch:
         {
             "baseline": Treatment(),
             "hard labels alone": Treatment({"hard_weight": 1.0}, transfer="none"),
+            "clustered": Treatment({"compression": "clustered", "n_clusters": 4}),
             "second teacher": Treatment(teacher=1),
         },
     )
@@ -75,13 +77,19 @@ def test_differences_are_to_the_treatments_baseline(tmp_path: Path, monkeypatch:
         label_names=train.label_names,
     )
     work = tmp_path / "work"
+    student_ablations.measure_treatments(["baseline"], train, ["thank you", "sorry"], [teacher], work)
+    metrics = work / "baseline" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"step": 0,', '{"marked": 1, "step": 0,'))
     found = student_ablations.measure_treatments(
         list(student_ablations.TREATMENTS), train, ["thank you", "sorry"], [teacher], work
     )
     by_name = {entry["treatment"]: entry for entry in found["treatments"]}
-    assert list(by_name) == ["baseline", "hard labels alone"]  # there is no second teacher
+    assert list(by_name) == ["baseline", "hard labels alone", "clustered"]  # there is no second teacher
     assert by_name["baseline"]["micro_f1"] > 0.9
     assert "micro_f1_minus_baseline" not in by_name["baseline"]
+    assert by_name["baseline"]["int8_micro_f1"] > 0.9
+    assert "marked" in (work / "clustered" / "metrics.jsonl").read_text()  # went on from the baseline's end
+    assert not np.array_equal(np.load(work / "baseline" / "int8.npy"), np.load(work / "clustered" / "int8.npy"))
     gap = by_name["hard labels alone"]
     expected = gap["micro_f1"] - by_name["baseline"]["micro_f1"]
     assert gap["micro_f1_minus_baseline"]["difference"] == pytest.approx(expected, abs=2e-4)
