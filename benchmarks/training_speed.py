@@ -210,7 +210,7 @@ def _fit(spec: Mapping[str, Any], precision: str, turns: _Turns) -> None:
     from emodistill.checkpoints import ModelCheckpoint, load_encoder_weights
     from emodistill.classifier_training import train_classifier
     from emodistill.losses import binary_cross_entropy
-    from emodistill.training import TrainingConfig
+    from emodistill.training_config import TrainingConfig
 
     dataset = read_dataset(Path(spec["train"]))
     assert dataset.labels is not None
@@ -279,7 +279,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.train is None or given.turns < 2:
         parser.error("--train is needed, and --turns of at least 2")
 
-    from emodistill.training import TrainingConfig, epoch_batches, learning_rate_at, pad_batch
+    from emodistill.training import epoch_batches, learning_rate_at, pad_batch
+    from emodistill.training_config import TrainingConfig
 
     dataset = read_dataset(given.train)
     assert dataset.labels is not None

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emodistill.artifacts import write_json
-from emodistill.checkpoints import POOLINGS, ModelCheckpoint, Weights, load_encoder_weights, save_checkpoint
+from emodistill.checkpoints import ModelCheckpoint, Weights, load_encoder_weights, save_checkpoint
 from emodistill.encoder_config import EncoderConfig
 from emodistill.errors import ConfigError
 from emodistill.folds import assign_folds
 from emodistill.progress import Progress
+from emodistill.training_config import TrainingConfig, check_settings, encoder_checks
 
 if TYPE_CHECKING:
     from emodistill.classifier_training import Arrange
@@ -81,7 +82,7 @@ class StudentConfig:
     n_clusters
         Different values that "clustered" leaves in each linear layer, at least 2.
     epochs, batch_size, learning_rate, warmup_fraction, weight_decay, seed
-        See `emodistill.training.TrainingConfig`.
+        See `emodistill.training_config.TrainingConfig`.
     dropout_rate, attention_dropout_rate, classifier_dropout_rate, precision
         See `emodistill.encoder_graph.build_classifier`.
 
@@ -128,8 +129,6 @@ class StudentConfig:
             "vocabulary_size": self.vocabulary_size is None or self.vocabulary_size >= 1,
             "hidden_size": self.hidden_size is None or self.hidden_size >= 8,
             "embedding_size": self.embedding_size is None or self.embedding_size >= 8,
-            "pooling": self.pooling in POOLINGS,
-            "max_length_tokens": self.max_length_tokens >= 3,
             "distillation_temperature": self.distillation_temperature > 0,
             "hard_weight": 0 <= self.hard_weight <= 1,
             "hidden_weight": self.hidden_weight >= 0,
@@ -141,9 +140,23 @@ class StudentConfig:
             "sparsity": 0 < self.sparsity < 1,
             "n_clusters": self.n_clusters >= 2,
         }
-        for setting, fine in checks.items():
-            if not fine:
-                raise ConfigError(f"student '{self.name}': {setting} = {getattr(self, setting)!r} is out of range")
+        owner = f"student '{self.name}'"
+        check_settings(owner, self, checks | encoder_checks(self))
+        try:
+            self.training()
+        except ConfigError as error:
+            raise ConfigError(f"{owner}: {error}") from None
+
+    def training(self) -> TrainingConfig:
+        """Return the settings of the fit; a second training changes epochs and rate."""
+        return TrainingConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+        )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "StudentConfig":
@@ -234,7 +247,7 @@ def train_student(
     """
     from emodistill.classifier_training import train_classifier
     from emodistill.distill.losses import distillation_loss, soft_targets
-    from emodistill.training import Loss, TrainingConfig
+    from emodistill.training import Loss
 
     if len(soft_logits) != len(texts) or len(transfer_logits) != len(transfer_texts):
         raise ConfigError(
@@ -266,14 +279,7 @@ def train_student(
             relation_weight=student.relation_weight,
             precision=student.precision,
         )
-    training = TrainingConfig(
-        epochs=student.epochs,
-        batch_size=student.batch_size,
-        learning_rate=student.learning_rate,
-        warmup_fraction=student.warmup_fraction,
-        weight_decay=student.weight_decay,
-        seed=student.seed,
-    )
+    training = student.training()
     targets = [soft, hard.astype(np.float32), has_labels]
     evaluation_texts = {"held_out": [texts[i] for i in held_out], **evaluation_texts}
     fit_student = partial(

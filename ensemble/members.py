@@ -161,7 +161,6 @@ def _fine_tune(
     from emodistill.classifier_training import train_classifier
     from emodistill.losses import binary_cross_entropy
     from emodistill.tokenization import load_tokenizer
-    from emodistill.training import TrainingConfig
 
     config, weights = load_encoder_weights(encoder_dir)
     generator = np.random.default_rng([variant.seed, 7])
@@ -181,16 +180,7 @@ def _fine_tune(
         texts,
         [labels.astype(np.float32) * (1 - smoothing) + smoothing / 2],
         binary_cross_entropy,
-        TrainingConfig(
-            epochs=variant.epochs,
-            batch_size=variant.batch_size,
-            learning_rate=variant.learning_rate,
-            warmup_fraction=variant.warmup_fraction,
-            weight_decay=variant.weight_decay,
-            layerwise_decay=variant.layerwise_decay,
-            clip_norm=variant.clip_norm,
-            seed=variant.seed,
-        ),
+        variant.training(),
         dropout_rate=variant.dropout_rate,
         attention_dropout_rate=variant.attention_dropout_rate,
         classifier_dropout_rate=variant.classifier_dropout_rate,

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from emodistill.checkpoints import POOLINGS
 from emodistill.errors import ConfigError
+from emodistill.training_config import TrainingConfig, check_settings, encoder_checks
 
 __all__ = ["KINDS", "VariantConfig"]
 
@@ -15,7 +15,6 @@ USED_BY_CHEAP_KINDS = {
     "tfidf": ("name", "kind", "seed"),
     "head": ("name", "kind", "encoder", "seed", "pooling", "max_length_tokens", "precision"),
 }
-PRECISIONS = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class VariantConfig:
     seed
         Of the classifier's start, row order and dropout.
     epochs, batch_size, learning_rate, warmup_fraction, weight_decay, layerwise_decay, clip_norm
-        See `emodistill.training.TrainingConfig`.
+        See `emodistill.training_config.TrainingConfig`.
     dropout_rate, attention_dropout_rate, classifier_dropout_rate
         In [0, 1).
     label_smoothing
@@ -81,31 +80,31 @@ class VariantConfig:
     def __post_init__(self) -> None:
         if self.folds is not None:
             object.__setattr__(self, "folds", tuple(self.folds))
+        owner, hint = f"variant '{self.name}'", "see 'emodistill train --help' for the settings of a variant"
         checks = {
             "name": bool(self.name) and all(c.isalnum() or c in "-_" for c in self.name),
             "kind": self.kind in KINDS,
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": self.learning_rate > 0,
-            "warmup_fraction": 0 <= self.warmup_fraction < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "layerwise_decay": 0 < self.layerwise_decay <= 1,
-            "clip_norm": self.clip_norm > 0,
-            "dropout_rate": 0 <= self.dropout_rate < 1,
-            "attention_dropout_rate": 0 <= self.attention_dropout_rate < 1,
-            "classifier_dropout_rate": 0 <= self.classifier_dropout_rate < 1,
             "joined_texts": 0 <= self.joined_texts < float("inf"),
             "label_smoothing": 0 <= self.label_smoothing < 1,
-            "pooling": self.pooling in POOLINGS,
-            "max_length_tokens": self.max_length_tokens >= 3,
-            "precision": self.precision in PRECISIONS,
         }
-        for setting, fine in checks.items():
-            if not fine:
-                raise ConfigError(
-                    f"variant '{self.name}': {setting} = {getattr(self, setting)!r} is out of range; "
-                    "see 'emodistill train --help' for the settings of a variant"
-                )
+        check_settings(owner, self, checks | encoder_checks(self), hint=hint)
+        try:
+            self.training()
+        except ConfigError as error:
+            raise ConfigError(f"{owner}: {error}; {hint}") from None
+
+    def training(self) -> TrainingConfig:
+        """Return the settings of the fit."""
+        return TrainingConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            weight_decay=self.weight_decay,
+            layerwise_decay=self.layerwise_decay,
+            clip_norm=self.clip_norm,
+            seed=self.seed,
+        )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "VariantConfig":

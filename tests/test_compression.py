@@ -21,7 +21,7 @@ from emodistill.distill.compression import (
     sparsity_of,
 )
 from emodistill.losses import binary_cross_entropy
-from emodistill.training import TrainingConfig
+from emodistill.training_config import TrainingConfig
 
 PLAIN = dict(dropout_rate=0.0, attention_dropout_rate=0.0, classifier_dropout_rate=0.0, precision="float32")
 WORDS = [piece for piece in PIECES[5:] if piece.isalpha()]

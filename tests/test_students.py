@@ -139,6 +139,14 @@ def test_a_table_of_settings_starts_from_its_preset():
     assert StudentConfig.from_mapping({"name": "nano", "epochs": 2}).layers == STUDENT_PRESETS["nano"].layers
     with pytest.raises(ConfigError, match="student setting 'depth' is unknown: known are "):
         StudentConfig.from_mapping({"name": "tiny", "depth": 3})
-    for setting, value in (("hard_weight", 2), ("hidden_weight", -1), ("compression", "zip"), ("sparsity", 1.0)):
+    for setting, value in (
+        ("hard_weight", 2),
+        ("hidden_weight", -1),
+        ("compression", "zip"),
+        ("sparsity", 1.0),
+        ("epochs", 0),
+        ("dropout_rate", 1),
+        ("precision", "half"),
+    ):
         with pytest.raises(ConfigError, match=rf"student 'tiny': {setting} = '?{value}'? is out of range"):
             StudentConfig(**{setting: value})

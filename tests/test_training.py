@@ -14,13 +14,13 @@ from emodistill.errors import ConfigError, TrainingError  # noqa: E402
 from emodistill.losses import binary_cross_entropy  # noqa: E402
 from emodistill.training import (  # noqa: E402
     AdamW,
-    TrainingConfig,
     epoch_batches,
     fit,
     learning_rate_at,
     pad_batch,
     predict_logits,
 )
+from emodistill.training_config import TrainingConfig  # noqa: E402
 
 DROPOUTS = ("dropout_rate", "attention_dropout_rate", "classifier_dropout_rate")
 

@@ -20,7 +20,8 @@ from emodistill.checkpoints import ModelCheckpoint, Weights
 from emodistill.encoder_graph import build_classifier, get_weights, set_weights
 from emodistill.progress import Progress
 from emodistill.tokenization import encode
-from emodistill.training import Loss, TrainingConfig, fit, predict_logits
+from emodistill.training import Loss, fit, predict_logits
+from emodistill.training_config import TrainingConfig
 
 __all__ = ["Arrange", "Trainee", "train_classifier"]
 

@@ -16,10 +16,10 @@ import tf_keras as keras
 from emodistill.checkpoints import POOLINGS, Weights, encoder_weight_shapes
 from emodistill.encoder_config import EncoderConfig
 from emodistill.errors import ConfigError, EncoderError
+from emodistill.training_config import PRECISIONS
 
-__all__ = ["PRECISIONS", "build_classifier", "get_weights", "hidden_state_names", "set_dropout_state", "set_weights"]
+__all__ = ["build_classifier", "get_weights", "hidden_state_names", "set_dropout_state", "set_weights"]
 
-PRECISIONS = ("bfloat16", "float32")
 _LAYERS_PER_PART = 100_003  # numbers of the layers with dropout in the next part of a batch begin here
 
 

@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from emodistill.encoder_graph import set_dropout_state
-from emodistill.errors import ConfigError, TrainingError
+from emodistill.errors import TrainingError
 from emodistill.progress import Progress, ProgressFactory
+from emodistill.training_config import TrainingConfig
 
 __all__ = [
     "AdamW",
     "Loss",
-    "TrainingConfig",
     "epoch_batches",
     "fit",
     "learning_rate_at",
@@ -49,61 +48,6 @@ _LENGTH_MULTIPLE = 4  # rows are padded to a multiple, so that few shapes occur
 _PREDICT_TOKENS = 4096  # tokens of one prediction batch
 _PART_ROWS = 8  # least rows of a part of a batch: smaller products no longer fill a core
 _MOST_PARTS = 4  # of a batch; further cores share the work of a part
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Settings of one fit.
-
-    Parameters
-    ----------
-    epochs
-        Passes over the rows, at least 1.
-    batch_size
-        Rows per step.
-    learning_rate
-        Peak of the schedule.
-    warmup_fraction
-        Share of all steps in which the rate rises from 0, in [0, 1).
-    weight_decay
-        Decoupled decay, not applied to biases and norms.
-    layerwise_decay
-        Factor of the learning rate from one layer to the one below it, in (0, 1].
-    clip_norm
-        Largest global norm of the gradient.
-    seed
-        Of row order and dropout.
-    checkpoint_minutes
-        Time between checkpoints.
-    """
-
-    epochs: int
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    layerwise_decay: float = 1.0
-    clip_norm: float = 1.0
-    seed: int = 0
-    checkpoint_minutes: float = 3.0
-
-    def n_steps(self, n_rows: int) -> int:
-        """Return how many steps so many rows take."""
-        return self.epochs * math.ceil(n_rows / self.batch_size)
-
-    def __post_init__(self) -> None:
-        checks = {
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": self.learning_rate > 0,
-            "warmup_fraction": 0 <= self.warmup_fraction < 1,
-            "weight_decay": self.weight_decay >= 0,
-            "layerwise_decay": 0 < self.layerwise_decay <= 1,
-            "clip_norm": self.clip_norm > 0,
-        }
-        for name, fine in checks.items():
-            if not fine:
-                raise ConfigError(f"{name} = {getattr(self, name)} is out of range: see TrainingConfig")
 
 
 def use_cores(n_cores: int) -> None:
