@@ -8,7 +8,7 @@ tf = pytest.importorskip("tensorflow")
 
 from emodistill.checkpoints import encoder_weight_shapes, load_checkpoint, save_checkpoint  # noqa: E402
 from emodistill.encoder_graph import build_classifier, get_weights, set_dropout_state, set_weights  # noqa: E402
-from emodistill.errors import ConfigError, EncoderError  # noqa: E402
+from emodistill.errors import ArtifactError, ConfigError, EncoderError  # noqa: E402
 
 IDS = np.array([[2, 5, 6, 11, 3], [2, 7, 3, 0, 0], [2, 8, 9, 3, 0]], np.int32)
 MASK = (IDS > 0).astype(np.int32)
@@ -126,3 +126,18 @@ def test_unknown_settings_are_refused():
         build_classifier(tiny_config(), 2, pooling="max")
     with pytest.raises(EncoderError, match="encoder family 'gpt2' is unknown: known are bert, distilbert"):
         tiny_config(family="gpt2")
+
+
+def test_a_checkpoint_in_several_files_is_the_same(tmp_path):
+    checkpoint = tiny_checkpoint()
+    save_checkpoint(tmp_path, checkpoint)
+    limit = checkpoint.weights["embeddings.word_embeddings.weight"].nbytes
+    save_checkpoint(tmp_path, checkpoint, max_file_bytes=limit)
+    paths = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(paths) > 1
+    assert paths[-1] == f"weights-{len(paths):05d}-of-{len(paths):05d}.safetensors"  # and no earlier one is left
+    for name, array in load_checkpoint(tmp_path).weights.items():
+        np.testing.assert_array_equal(array, checkpoint.weights[name])
+    (tmp_path / paths[0]).unlink()
+    with pytest.raises(ArtifactError, match=rf"{paths[0]} is missing"):
+        load_checkpoint(tmp_path)

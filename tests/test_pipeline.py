@@ -18,6 +18,7 @@ from tiny_runs import LABEL_NAMES, WORDS, write_inputs, write_rows
 
 from emodistill import Classifier
 from emodistill.artifacts import END_MARK_NAME, read_json
+from emodistill.checkpoints import load_checkpoint
 from emodistill.cli import main
 from emodistill.cli.planning import Plan
 from emodistill.cli.run_folder import RunFolder
@@ -387,6 +388,25 @@ def test_without_dev_the_scores_are_on_rows_that_no_model_saw(inputs: Path, tmp_
 
 
 # ---------------------------------------------------------------- elsewhere
+
+
+def test_published_students_answer_again_and_have_no_path_of_this_machine(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    result = call("publish", finished, tmp_path / "results", "--students", tmp_path / "students")
+    assert f"{tmp_path / 'students'}: 8 files" in result.stdout
+    student = load_checkpoint(tmp_path / "students/tiny")
+    for name, array in load_checkpoint(finished / "students/tiny").weights.items():
+        np.testing.assert_allclose(student.weights[name], array, atol=2e-3, rtol=1e-3)
+    assert (tmp_path / "students/tiny/weights.safetensors").stat().st_size < (
+        finished / "students/tiny/weights.safetensors"
+    ).stat().st_size
+    for name in ("logits-fp32.npz", "logits-int8.npz"):
+        source = finished / "logits" / name.replace("logits", "tiny")
+        assert (tmp_path / "students/tiny" / name).read_bytes() == source.read_bytes()
+    for path in (tmp_path / "students").rglob("*.json"):
+        assert str(inputs) not in path.read_text()
+        assert str(finished) not in path.read_text()
 
 
 def test_published_results_hold_the_small_files_and_no_path_of_this_machine(published: Path, inputs: Path) -> None:

@@ -167,7 +167,9 @@ def load_encoder_weights(folder: Path | str) -> tuple[EncoderConfig, Weights]:
     return config, weights
 
 
-def save_checkpoint(folder: Path | str, checkpoint: ModelCheckpoint, *, dtype: str = "float32") -> None:
+def save_checkpoint(
+    folder: Path | str, checkpoint: ModelCheckpoint, *, dtype: str = "float32", max_file_bytes: int | None = None
+) -> None:
     """Write weights.safetensors, config.json and tokenizer.json into `folder` (made if absent).
 
     Parameters
@@ -178,12 +180,20 @@ def save_checkpoint(folder: Path | str, checkpoint: ModelCheckpoint, *, dtype: s
         What to write.
     dtype
         "float32", or "float16" to halve the file.
+    max_file_bytes
+        Weights that take more become several files, weights-00001-of-00002.safetensors and so on; a single matrix is
+        never split.
     """
     from safetensors.numpy import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: array.astype(dtype) for name, array in checkpoint.weights.items()}, folder / "weights.safetensors")
+    for old in folder.glob("weights*.safetensors"):
+        old.unlink()
+    files = _files_of_weights({name: array.astype(dtype) for name, array in checkpoint.weights.items()}, max_file_bytes)
+    for number, weights in enumerate(files, 1):
+        part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        save_file(weights, folder / f"weights{part}.safetensors")
     labels = checkpoint.label_names
     config = checkpoint.config.to_hf() | {
         "problem_type": "multi_label_classification",
@@ -212,10 +222,7 @@ def load_checkpoint(folder: Path | str) -> ModelCheckpoint:
         raise ArtifactError(f"{folder / 'config.json'} is not a classifier of emodistill: it lacks pooling or id2label")
     config = EncoderConfig.from_hf(raw)
     label_names = tuple(raw["id2label"][str(i)] for i in range(len(raw["id2label"])))
-    weights = {
-        name: np.ascontiguousarray(array, dtype=np.float32)
-        for name, array in _read_safetensors(folder / "weights.safetensors").items()
-    }
+    weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in _read_weights(folder).items()}
     expected = encoder_weight_shapes(config)
     expected["classifier.weight"] = (len(label_names), config.hidden_size)
     expected["classifier.bias"] = (len(label_names),)
@@ -270,6 +277,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds no JSON object: fetch or write it again")
     return content
+
+
+def _files_of_weights(weights: Weights, max_file_bytes: int | None) -> list[Weights]:
+    files: list[Weights] = [{}]
+    for name, array in weights.items():
+        taken = sum(other.nbytes for other in files[-1].values())
+        if max_file_bytes is not None and files[-1] and taken + array.nbytes > max_file_bytes:
+            files.append({})
+        files[-1][name] = array
+    return files
+
+
+def _read_weights(folder: Path) -> dict[str, NDArray[Any]]:
+    paths = sorted(folder.glob("weights-*-of-*.safetensors"))
+    if not paths or (folder / "weights.safetensors").is_file():
+        return _read_safetensors(folder / "weights.safetensors")
+    n_files = int(paths[0].stem.rpartition("-")[2])
+    whole = [folder / f"weights-{number:05d}-of-{n_files:05d}.safetensors" for number in range(1, n_files + 1)]
+    return {name: array for path in whole for name, array in _read_safetensors(path).items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, NDArray[Any]]:

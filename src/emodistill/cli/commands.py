@@ -224,13 +224,14 @@ def submit(folder: Path, as_json: bool) -> None:
 @click.command(short_help="Copy a run's small results, to be committed and reused.")
 @RUN_ARGUMENT
 @click.argument("target", metavar="DIR", type=FOLDER)
+@click.option("--students", type=FOLDER, metavar="DIR", help="Also the students, with float16 weights, to DIR/NAME/.")
 @_json_option
-def publish(folder: Path, target: Path, as_json: bool) -> None:
-    """Copy config.json, tradeoff.json, thresholds, logits/ and submissions/ of a run to DIR; no weights.
+def publish(folder: Path, target: Path, students: Path | None, as_json: bool) -> None:
+    """Copy config.json, tradeoff.json, thresholds, logits/ and submissions/ of a run to DIR; no members' weights.
 
     On a new machine  emodistill run ... --reuse DIR  rebuilds everything after training from them.
     """
-    _run_stage(folder, "publish", as_json, target=target)
+    _run_stage(folder, "publish", as_json, target=target, students=students)
 
 
 @click.command(short_help="Copy what an app needs from a bundle: one graph, the tokenizer, JSON.")

@@ -12,7 +12,7 @@ from emodistill.cli.combining import combination_inputs, combine
 from emodistill.cli.console import Outcome, say
 from emodistill.cli.members import reusable_members, train, variant_logits
 from emodistill.cli.planning import Plan
-from emodistill.cli.results import copy_results, write_logits, write_report, write_submissions
+from emodistill.cli.results import copy_results, copy_students, write_logits, write_report, write_submissions
 from emodistill.cli.run_folder import RunFolder
 from emodistill.cli.students import distill, export
 from emodistill.cli.tables import format_table
@@ -115,13 +115,19 @@ def submit(run: RunFolder) -> Outcome:
     return Outcome(text, {"submissions": names})
 
 
-def publish(run: RunFolder, *, target: Path) -> Outcome:
-    """Copy what is small and worth keeping."""
-    files = copy_results(Plan(run), target)
-    total = sum(path.stat().st_size for path in files)
+def publish(run: RunFolder, *, target: Path, students: Path | None = None) -> Outcome:
+    """Copy what is small and worth keeping, and to another folder the students with their weights."""
+    plan = Plan(run)
+    copied = {target: copy_results(plan, target)}
+    if students is not None:
+        copied[students] = copy_students(plan, students)
+    sizes = {folder: sum(path.stat().st_size for path in files) for folder, files in copied.items()}
     return Outcome(
-        f"{target}: {len(files)} files, {total / 1e6:.1f} MB",
-        {"files": [path.relative_to(target).as_posix() for path in files], "size_bytes": total},
+        "\n".join(f"{folder}: {len(files)} files, {sizes[folder] / 1e6:.1f} MB" for folder, files in copied.items()),
+        {
+            "files": [path.relative_to(folder).as_posix() for folder, files in copied.items() for path in files],
+            "size_bytes": sum(sizes.values()),
+        },
     )
 
 

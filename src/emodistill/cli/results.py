@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emodistill.artifacts import read_json, write_bytes, write_json
-from emodistill.checkpoints import load_checkpoint
+from emodistill.checkpoints import load_checkpoint, save_checkpoint
 from emodistill.cli.members import variant_logits
 from emodistill.cli.planning import MemberPlan, Plan
 from emodistill.cli.run_folder import RunFolder
@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from emodistill.benchmarks.latency import LatencyReport, TextModel
     from emodistill.benchmarks.tradeoff import RefereeStep
 
-__all__ = ["copy_results", "write_logits", "write_report", "write_submissions"]
+__all__ = ["copy_results", "copy_students", "write_logits", "write_report", "write_submissions"]
 
 MEMBER_BENCH_TEXTS = 30  # an ensemble of large encoders takes a second a text
 MEMBER_BENCH_WARMUP = 3
 ENSEMBLE = "ensemble"
 TFIDF_BASELINE = "TF-IDF + logistic regression"
 CHUNK = 1024  # texts between two steps of the progress line
+MOST_BYTES_OF_A_FILE = 24_000_000  # of a repository; 25 MB is a common limit
 FAST_GRAPH = "onnx/model_fast.onnx"
 FLOAT_GRAPH = "onnx/model.onnx"
 
@@ -470,6 +471,51 @@ def copy_results(plan: Plan, target: Path) -> list[Path]:
         for source in sorted(folder.glob(pattern)):
             copy(source, target / folder.name / source.name)
     return sorted(written)
+
+
+def copy_students(plan: Plan, target: Path) -> list[Path]:
+    """Copy each exported student to a folder of its own, so that it can be exported again without training.
+
+    A folder gets config.json, tokenizer.json, float16 weights in files of at most 24 MB, the logits and submissions of
+    the float32 student and of its int8 graph, verification.json, and what a second training said about itself.
+
+    Parameters
+    ----------
+    plan : Plan
+    target : Path
+        Gets a folder per student; files of the same names are replaced.
+
+    Returns
+    -------
+    list of Path
+        The files, sorted.
+
+    Raises
+    ------
+    ArtifactError
+        If no student of the run has been exported and its logits saved.
+    """
+    run = plan.run
+    saved = sorted(path.stem.removesuffix("-int8") for path in run.logits_folder.glob("*-int8.npz"))
+    exported = [name for name in saved if run.student_folder(name).is_dir()]
+    if not exported:
+        raise ArtifactError(
+            f"{run.path} has no exported student with saved logits: run  emodistill run --out {run.path}  first"
+        )
+    for name in exported:
+        folder, student = target / name, run.student_folder(name)
+        save_checkpoint(folder, load_checkpoint(student), dtype="float16", max_file_bytes=MOST_BYTES_OF_A_FILE)
+        copies = {
+            folder / "verification.json": run.bundle_folder(name) / "verification.json",
+            **{folder / file: student / file for file in ("compression.json", "activation_ranges.json")},
+        }
+        for precision in ("fp32", "int8"):
+            copies[folder / f"logits-{precision}.npz"] = run.logits_folder / f"{name}-{precision}.npz"
+            copies[folder / f"submission-{precision}.zip"] = run.submissions_folder / f"{name}-{precision}.zip"
+        for place, source in copies.items():
+            if source.is_file():
+                write_bytes(place, source.read_bytes())
+    return sorted(path for name in exported for path in (target / name).iterdir())
 
 
 def _public_config(plan: Plan) -> dict[str, Any]:
