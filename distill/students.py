@@ -184,7 +184,7 @@ STUDENT_PRESETS = {
         name="small", layers=(0, 1, 2, 3, 4, 5), learning_rate=2e-4, epochs=3, transfer_texts=10_000
     ),
     "tiny": StudentConfig(name="tiny", pooling="cls"),
-    "nano": StudentConfig(name="nano", layers=(0, 1), embedding_size=128, pooling="cls"),
+    "nano": StudentConfig(name="nano", hidden_size=256, pooling="cls"),
 }
 
 
