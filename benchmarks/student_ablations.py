@@ -219,8 +219,8 @@ def measure_treatments(
             entry |= {"baseline": base, "micro_f1_minus_baseline": difference}
             macro = paired_bootstrap(truth, decisions[name], decisions[base], metric="macro_f1").to_json()
             entry["macro_f1_minus_baseline"] = macro
-            int8 = paired_bootstrap(truth, in_int8[name], in_int8[base]).to_json()
-            entry["int8_micro_f1_minus_baseline"] = int8
+            rounded = paired_bootstrap(truth, in_int8[name], in_int8[base]).to_json()
+            entry["int8_micro_f1_minus_baseline"] = rounded
     order = [name for name in TREATMENTS if name in table]
     return {"n_taught": len(taught), "n_scored": len(scored), "treatments": [table[name] for name in order]}
 
