@@ -142,21 +142,11 @@ class StudentConfig:
         }
         owner = f"student '{self.name}'"
         check_settings(owner, self, checks | encoder_checks(self))
-        try:
-            self.training()
-        except ConfigError as error:
-            raise ConfigError(f"{owner}: {error}") from None
+        TrainingConfig.of(self, owner=owner)
 
     def training(self) -> TrainingConfig:
         """Return the settings of the fit; a second training changes epochs and rate."""
-        return TrainingConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup_fraction=self.warmup_fraction,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-        )
+        return TrainingConfig.of(self)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "StudentConfig":

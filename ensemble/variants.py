@@ -88,23 +88,11 @@ class VariantConfig:
             "label_smoothing": 0 <= self.label_smoothing < 1,
         }
         check_settings(owner, self, checks | encoder_checks(self), hint=hint)
-        try:
-            self.training()
-        except ConfigError as error:
-            raise ConfigError(f"{owner}: {error}; {hint}") from None
+        TrainingConfig.of(self, owner=owner, hint=hint)
 
     def training(self) -> TrainingConfig:
         """Return the settings of the fit."""
-        return TrainingConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup_fraction=self.warmup_fraction,
-            weight_decay=self.weight_decay,
-            layerwise_decay=self.layerwise_decay,
-            clip_norm=self.clip_norm,
-            seed=self.seed,
-        )
+        return TrainingConfig.of(self)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> "VariantConfig":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from emodistill.checkpoints import POOLINGS
@@ -48,6 +48,21 @@ class TrainingConfig:
     clip_norm: float = 1.0
     seed: int = 0
     checkpoint_minutes: float = 3.0
+
+    @classmethod
+    def of(cls, settings: object, *, owner: str = "", hint: str = "") -> "TrainingConfig":
+        """Take the settings of the fit from something that has them under the same names, a variant or a student.
+
+        Raises
+        ------
+        ConfigError
+            If one is out of its range; with owner and hint, see `check_settings`.
+        """
+        names = [field.name for field in fields(cls) if hasattr(settings, field.name)]
+        try:
+            return cls(**{name: getattr(settings, name) for name in names})
+        except ConfigError as error:
+            raise ConfigError((f"{owner}: " if owner else "") + str(error) + (f"; {hint}" if hint else "")) from None
 
     def n_steps(self, n_rows: int) -> int:
         """Return how many steps so many rows take."""
