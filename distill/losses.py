@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from emodistill.errors import ConfigError
 from emodistill.losses import binary_cross_entropy
+from emodistill.thresholds import sigmoid
 
 __all__ = ["distillation_loss", "soft_targets"]
 
@@ -26,9 +27,7 @@ def soft_targets(teacher_logits: NDArray[np.float32], distillation_temperature: 
     """
     if distillation_temperature <= 0:
         raise ConfigError(f"distillation_temperature = {distillation_temperature}: expected a number above 0")
-    half = np.asarray(teacher_logits, np.float32) / (2 * distillation_temperature)
-    targets: NDArray[np.float32] = (0.5 * (1 + np.tanh(half))).astype(np.float32)
-    return targets
+    return sigmoid(np.asarray(teacher_logits, np.float32) / distillation_temperature)
 
 
 def distillation_loss(
