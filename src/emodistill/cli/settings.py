@@ -67,6 +67,7 @@ _MPNET = {
     "folds": [0, 1, 2],
 }
 _TFIDF = {"name": "tfidf", "kind": "tfidf", "seed": 3}
+_MPNET_HEAD = {"name": "mpnet-head", "kind": "head", "encoder": "mpnet-base", "seed": 4}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
@@ -81,7 +82,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "n_folds": 5,
-        "variants": [_MPNET, _MINILM_A, _MINILM_B, _TFIDF],
+        "variants": [_MPNET, _MINILM_A, _MINILM_B, _TFIDF, _MPNET_HEAD],
         "students": [{"name": "small"}, {"name": "tiny"}, {"name": "nano"}],
         "ship": "tiny",
     },
