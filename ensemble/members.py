@@ -174,11 +174,10 @@ def _fine_tune(
         weights=weights,
         tokenizer_json=load_tokenizer(encoder_dir).to_str(),
     )
-    smoothing = variant.label_smoothing
     trained, logits = train_classifier(
         start,
         texts,
-        [labels.astype(np.float32) * (1 - smoothing) + smoothing / 2],
+        [labels.astype(np.float32)],
         binary_cross_entropy,
         variant.training(),
         dropout_rate=variant.dropout_rate,

@@ -37,8 +37,6 @@ class VariantConfig:
         See `emodistill.training_config.TrainingConfig`.
     dropout_rate, attention_dropout_rate, classifier_dropout_rate
         In [0, 1).
-    label_smoothing
-        Targets become 1 - s/2 and s/2; in [0, 1).
     joined_texts
         Extra training rows per row, made of two texts each (`augmentation.join_texts`); at least 0.
     pooling
@@ -70,7 +68,6 @@ class VariantConfig:
     dropout_rate: float = 0.1
     attention_dropout_rate: float = 0.1
     classifier_dropout_rate: float = 0.1
-    label_smoothing: float = 0.0
     joined_texts: float = 0.0
     pooling: str = "mean"
     max_length_tokens: int = 128
@@ -85,7 +82,6 @@ class VariantConfig:
             "name": bool(self.name) and all(c.isalnum() or c in "-_" for c in self.name),
             "kind": self.kind in KINDS,
             "joined_texts": 0 <= self.joined_texts < float("inf"),
-            "label_smoothing": 0 <= self.label_smoothing < 1,
         }
         check_settings(owner, self, checks | encoder_checks(self), hint=hint)
         TrainingConfig.of(self, owner=owner, hint=hint)

@@ -127,8 +127,7 @@ def train(folder: Path, only: str | None, folds: str | None, dry_run: bool, as_j
 
     Settings of a variant, in a TOML file under [[variants]]: name, kind ("encoder", "tfidf" or "head"), encoder, seed,
     epochs, batch_size, learning_rate, warmup_fraction, weight_decay, layerwise_decay, clip_norm, dropout_rate,
-    attention_dropout_rate, classifier_dropout_rate, label_smoothing, joined_texts, pooling, max_length_tokens,
-    precision, folds.
+    attention_dropout_rate, classifier_dropout_rate, joined_texts, pooling, max_length_tokens, precision, folds.
     """
     from emodistill.cli import pipeline
 
