@@ -86,6 +86,7 @@ TREATMENTS = {
     "paraphrase-MiniLM-L3": Treatment({"encoder": "paraphrase-minilm-l3"}),
     "whole vocabulary": Treatment({"vocabulary_size": None}),
     "factorized word table": Treatment({"vocabulary_size": None, "embedding_size": 128}),
+    "cut and factorized word table": Treatment({"embedding_size": 128}),
     "2 layers": Treatment({"layers": (0, 1)}),
     "256 wide": Treatment({"hidden_size": 256}),
     "mean pooling": Treatment({"pooling": "mean"}),
