@@ -24,7 +24,7 @@ from emodistill.artifacts import read_json, write_json
 from emodistill.benchmarks.machine import machine_record
 from emodistill.checkpoints import load_checkpoint
 from emodistill.data import Dataset, read_dataset
-from emodistill.distill.students import STUDENT_PRESETS, StudentConfig, train_student
+from emodistill.distill.students import STUDENT_PRESETS, StudentConfig, draw_transfer_rows, train_student
 from emodistill.encoders import resolve_encoder
 from emodistill.errors import InputError
 from emodistill.export.bundle import build_fast, fixed_ranges
@@ -78,6 +78,7 @@ TREATMENTS = {
     "soft targets alone": Treatment({"hard_weight": 0.0}),
     "no transfer texts": Treatment({"epochs": 2 * EPOCHS}, transfer="none"),
     "transfer texts drawn towards positives": Treatment(transfer="positive"),
+    "soft targets alone, towards positives": Treatment({"hard_weight": 0.0}, transfer="positive"),
     "temperature 1": Treatment({"distillation_temperature": 1.0}),
     "temperature 4": Treatment({"distillation_temperature": 4.0}),
     "hidden states": Treatment({"hidden_weight": 0.1}),
@@ -105,8 +106,7 @@ def choose_transfer(transfer: str, texts: Sequence[str], logits: Float32Array, n
     Parameters
     ----------
     transfer : str
-        See `Treatment`. "positive" draws without replacement, with the largest of a text's probabilities as weight
-        (Efraimidis and Spirakis, 2006).
+        See `Treatment`; "positive" draws by `distill.students.draw_transfer_rows`.
     texts : sequence of str
         Unlabeled.
     logits : float32 array of shape (len(texts), n_labels)
@@ -115,11 +115,7 @@ def choose_transfer(transfer: str, texts: Sequence[str], logits: Float32Array, n
         How many.
     """
     n = 0 if transfer == "none" else min(n, len(texts))
-    if transfer != "positive":
-        return np.arange(n)
-    weights = sigmoid(logits).max(axis=1)
-    keys = np.random.default_rng(_RESAMPLING_SEED).exponential(size=len(texts)) / weights
-    return np.argsort(keys, kind="stable")[:n]
+    return draw_transfer_rows(logits, n, seed=_RESAMPLING_SEED) if transfer == "positive" else np.arange(n)
 
 
 def decide_across(truth: npt.NDArray[np.int8], logits: Float32Array) -> Decisions:

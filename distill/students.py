@@ -19,12 +19,21 @@ from emodistill.encoder_config import EncoderConfig
 from emodistill.errors import ConfigError
 from emodistill.folds import assign_folds
 from emodistill.progress import Progress
+from emodistill.thresholds import sigmoid
 from emodistill.training_config import TrainingConfig, check_settings, encoder_checks
 
 if TYPE_CHECKING:
     from emodistill.classifier_training import Arrange
 
-__all__ = ["COMPRESSIONS", "STUDENT_PRESETS", "StudentConfig", "held_out_rows", "student_start", "train_student"]
+__all__ = [
+    "COMPRESSIONS",
+    "STUDENT_PRESETS",
+    "StudentConfig",
+    "draw_transfer_rows",
+    "held_out_rows",
+    "student_start",
+    "train_student",
+]
 
 COMPRESSIONS = ("clustered", "none", "pruned", "quantization_aware")
 _HELD_OUT_PARTS = 10
@@ -72,7 +81,7 @@ class StudentConfig:
         Of losses that draw states and attention relations to those of the pretrained encoder, see `transfer`; 0 leaves
         them out.
     transfer_texts
-        How many rows of unlabeled text to add, at most.
+        How many rows of unlabeled text to add, at most; of more, `draw_transfer_rows` chooses.
     compression
         A second training, see `compression`: "quantization_aware", "pruned", "clustered" or "none".
     compression_epochs, compression_learning_rate
@@ -248,8 +257,8 @@ def train_student(
     kept = np.setdiff1d(np.arange(len(texts)), held_out)
     if student.hard_weight == 1:
         transfer_texts, transfer_logits = [], transfer_logits[:0]
-    transfer_texts = list(transfer_texts[: student.transfer_texts])
-    transfer_logits = transfer_logits[: student.transfer_texts]
+    chosen = draw_transfer_rows(transfer_logits, student.transfer_texts, seed=student.seed)
+    transfer_texts, transfer_logits = [transfer_texts[row] for row in chosen], transfer_logits[chosen]
     train_texts = [texts[i] for i in kept] + transfer_texts
     start = student_start(student, encoder_dir, train_texts, label_names)
     temperature = student.distillation_temperature
@@ -318,6 +327,36 @@ def train_student(
         label_names=np.array(list(label_names)),
         **saved_logits,
     )
+
+
+def draw_transfer_rows(logits: NDArray[np.float32], n: int, *, seed: int) -> NDArray[np.int64]:
+    """Draw which rows of unlabeled text are learned from: rather those in which the teacher finds something.
+
+    Most texts express none of the labels, and a student learns little from one more of them. Drawn without replacement,
+    the largest of a row's probabilities its weight.
+
+    Parameters
+    ----------
+    logits
+        float32 (n_rows, n_labels), the teacher's.
+    n
+        How many; all rows, in their order, where there are no more.
+    seed
+        Of the draw.
+
+    Returns
+    -------
+    ndarray
+        int64 (min(n, n_rows),).
+
+    References
+    ----------
+    Efraimidis and Spirakis (2006), Weighted random sampling with a reservoir.
+    """
+    if n >= len(logits):
+        return np.arange(len(logits))
+    keys = np.random.default_rng(seed).exponential(size=len(logits)) / sigmoid(logits).max(axis=1)
+    return np.argsort(keys, kind="stable")[:n]
 
 
 def student_start(

@@ -133,7 +133,7 @@ def int8_embedding() -> Embedding:
         rows = writer.node("Gather", [values, ids], f"{name}.rows")
         rows = writer.node("Cast", [rows], f"{name}.rows_float", to=TensorProto.FLOAT)
         scale = writer.constant(f"{name}.weight_scale", scales.astype(np.float32))
-        return writer.node("Mul", [rows, writer.node("Gather", [scale, ids], f"{name}.scale")], name)
+        return writer.node("Mul", [rows, writer.node("Gather", [scale, ids], f"{name}.row_scale")], name)
 
     return write
 

@@ -99,10 +99,12 @@ def test_one_static_layer_is_integer_arithmetic(checkpoint, ranges):
     np.testing.assert_allclose(result, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_int8_stays_near_float(family, pooling):
-    checkpoint = make_checkpoint(family, pooling=pooling)
+@pytest.mark.parametrize(
+    ("family", "pooling", "embedding_size"),
+    [("bert", "mean", 0), ("bert", "cls", 0), ("bert", "cls", 16), ("mpnet", "mean", 0), ("mpnet", "cls", 0)],
+)
+def test_int8_stays_near_float(family, pooling, embedding_size):
+    checkpoint = make_checkpoint(family, pooling=pooling, embedding_size=embedding_size)
     ranges = observe_ranges(_exposed(checkpoint), make_rows(*range(2, 49)))
     rows = make_rows(4, 12, 33, 48, seed=8)
     expected = reference_logits(checkpoint, rows)

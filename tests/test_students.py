@@ -8,7 +8,14 @@ from models import PIECES, write_encoder_folder
 from tokenizers import Tokenizer
 
 from emodistill.checkpoints import load_checkpoint, load_encoder_weights
-from emodistill.distill.students import STUDENT_PRESETS, StudentConfig, held_out_rows, student_start, train_student
+from emodistill.distill.students import (
+    STUDENT_PRESETS,
+    StudentConfig,
+    draw_transfer_rows,
+    held_out_rows,
+    student_start,
+    train_student,
+)
 from emodistill.errors import ConfigError
 
 LABELS = ("gratitude", "remorse")
@@ -150,3 +157,16 @@ def test_a_table_of_settings_starts_from_its_preset():
     ):
         with pytest.raises(ConfigError, match=rf"student 'tiny': {setting} = '?{value}'? is out of range"):
             StudentConfig(**{setting: value})
+
+
+def test_transfer_rows_are_drawn_in_proportion_to_their_largest_probability() -> None:
+    logits = np.log(np.array([[0.6 / 0.4, 0.01], [0.2 / 0.8, 0.01], [0.01, 0.2 / 0.8]])).astype(np.float32)
+    assert draw_transfer_rows(logits, 3, seed=0).tolist() == draw_transfer_rows(logits, 9, seed=0).tolist() == [0, 1, 2]
+    assert draw_transfer_rows(logits[:0], 9, seed=0).tolist() == []
+    first = np.array([draw_transfer_rows(logits, 1, seed=seed)[0] for seed in range(4000)])
+    shares = np.bincount(first, minlength=3) / len(first)
+    # weights 0.6, 0.2, 0.2 add to 1; the standard error of a share of 0.6 in 4,000 draws is 0.008
+    np.testing.assert_allclose(shares, [0.6, 0.2, 0.2], atol=0.03)
+    both = draw_transfer_rows(logits, 2, seed=1)
+    assert len(set(both.tolist())) == 2
+    assert both.tolist() == draw_transfer_rows(logits, 2, seed=1).tolist()
