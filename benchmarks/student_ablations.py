@@ -246,10 +246,9 @@ def _int8_logits(folder: Path, seen: Sequence[str], texts: Sequence[str]) -> Flo
 
 
 def _student(treatment: Treatment) -> StudentConfig:
-    """Return the preset `tiny` with fewer epochs and the treatment's changes."""
-    return StudentConfig.from_mapping(
-        {**STUDENT_PRESETS["tiny"].fingerprint_parts(), "epochs": EPOCHS, **treatment.changes}
-    )
+    """Return the preset `tiny` on logits alone, with fewer epochs, and the treatment's changes."""
+    plain = {"epochs": EPOCHS, "hidden_weight": 0.0, "relation_weight": 0.0}
+    return StudentConfig.from_mapping({**STUDENT_PRESETS["tiny"].fingerprint_parts(), **plain, **treatment.changes})
 
 
 def _main() -> None:

@@ -180,10 +180,15 @@ class StudentConfig:
 
 STUDENT_PRESETS = {
     "small": StudentConfig(
-        name="small", layers=(0, 1, 2, 3, 4, 5), learning_rate=2e-4, epochs=3, transfer_texts=10_000
+        name="small",
+        layers=(0, 1, 2, 3, 4, 5),
+        vocabulary_size=20_000,
+        learning_rate=2e-4,
+        epochs=4,
+        transfer_texts=12_500,
     ),
-    "tiny": StudentConfig(name="tiny", pooling="cls"),
-    "nano": StudentConfig(name="nano", hidden_size=256, pooling="cls"),
+    "tiny": StudentConfig(name="tiny", pooling="cls", hidden_weight=0.1, epochs=9, transfer_texts=12_500),
+    "nano": StudentConfig(name="nano", hidden_size=256, pooling="cls", epochs=10, transfer_texts=12_500),
 }
 
 

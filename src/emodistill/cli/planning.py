@@ -283,14 +283,18 @@ class Plan:
         )
 
     def _student_seconds(self, student: "StudentConfig") -> float | None:
-        """Estimate by the share of the encoder's layers; the rows are nine tenths of train and the transfer texts."""
+        """Estimate by the share of the encoder's layers; the rows are nine tenths of train and the transfer texts.
+
+        Where states or relations are matched, the whole encoder runs beside the student, forward alone.
+        """
         speed = EXAMPLES_PER_SECOND.get(student.encoder)
         if speed is None:
             return None
         n_unlabeled = len(self.run.data.evaluation_texts.get("unlabeled", []))
         n_rows = 0.9 * len(self.run.data.train_texts) + min(student.transfer_texts, n_unlabeled)
         n_layers = KNOWN_ENCODERS[student.encoder].n_layers
-        return n_rows * student.epochs / speed * len(student.layers) / n_layers
+        beside = n_layers / PREDICTION_SPEEDUP if student.hidden_weight or student.relation_weight else 0.0
+        return n_rows * student.epochs / speed * (len(student.layers) + beside) / n_layers
 
     def member_seconds(self, member: MemberPlan) -> float | None:
         """Estimate how long the training of a member takes, from its siblings or the rows; None when unknown."""
