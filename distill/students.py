@@ -187,7 +187,7 @@ STUDENT_PRESETS = {
         epochs=4,
         transfer_texts=12_500,
     ),
-    "tiny": StudentConfig(name="tiny", pooling="cls", hidden_weight=0.1, epochs=9, transfer_texts=12_500),
+    "tiny": StudentConfig(name="tiny", pooling="cls", relation_weight=0.1, epochs=8, transfer_texts=12_500),
     "nano": StudentConfig(name="nano", hidden_size=256, pooling="cls", epochs=10, transfer_texts=12_500),
 }
 

@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
         "n_folds": 2,
         "variants": [_MINILM_A, _MINILM_B],
-        "students": [{"name": "tiny", "epochs": 4, "hidden_weight": 0.0, "transfer_texts": 20_000}],
+        "students": [{"name": "tiny", "epochs": 4, "relation_weight": 0.0, "transfer_texts": 20_000}],
     },
     "standard": {
         "n_folds": 5,
