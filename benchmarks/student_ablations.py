@@ -42,6 +42,7 @@ __all__ = ["TREATMENTS", "Treatment", "choose_transfer", "decide_across", "measu
 EPOCHS = 2  # of train and as many unlabeled texts; 4 of train alone are as many updates
 _SECOND_TRAINING = ("compression", "sparsity", "n_clusters")
 _RANGE_TEXTS = 500
+_ALL = 10**9  # what is given to a student is chosen here
 _SPLIT_SEED = 20_261_125
 _RESAMPLING_SEED = 3
 
@@ -247,7 +248,7 @@ def _int8_logits(folder: Path, seen: Sequence[str], texts: Sequence[str]) -> Flo
 
 def _student(treatment: Treatment) -> StudentConfig:
     """Return the preset `tiny` on logits alone, with fewer epochs, and the treatment's changes."""
-    plain = {"epochs": EPOCHS, "hidden_weight": 0.0, "relation_weight": 0.0}
+    plain = {"epochs": EPOCHS, "hidden_weight": 0.0, "relation_weight": 0.0, "transfer_texts": _ALL}
     return StudentConfig.from_mapping({**STUDENT_PRESETS["tiny"].fingerprint_parts(), **plain, **treatment.changes})
 
 

@@ -302,7 +302,7 @@ def train_student(
         loss=loss,
         config=training,
         precision=student.precision,
-        evaluation_texts={} if is_compressed else evaluation_texts,
+        evaluation_texts=evaluation_texts,  # even if a second training follows: their pieces belong to the table
         work_dir=work_dir,
         arrange=arrange,
         description=f"student {student.name}",
