@@ -79,7 +79,6 @@ TREATMENTS = {
     "soft targets alone": Treatment({"hard_weight": 0.0}),
     "no transfer texts": Treatment({"epochs": 2 * EPOCHS}, transfer="none"),
     "transfer texts drawn towards positives": Treatment(transfer="positive"),
-    "soft targets alone, towards positives": Treatment({"hard_weight": 0.0}, transfer="positive"),
     "temperature 1": Treatment({"distillation_temperature": 1.0}),
     "temperature 4": Treatment({"distillation_temperature": 4.0}),
     "hidden states": Treatment({"hidden_weight": 0.1}),
